@@ -1,0 +1,32 @@
+"""Offline-RL environments for exit control in self-speculative LLM decoding.
+
+`import lede_env` registers the environment ids and stays cheap: torch and transformers load on first use of a name.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it, resolved on first use (PEP 562).
+_PUBLIC = {
+    "LedeError": "lede_env.errors",
+    "load_model": "lede_env.models.loading",
+    "generate": "lede_env.decoding.generate",
+    "stream": "lede_env.decoding.generate",
+    "Autoregressive": "lede_env.decoding.strategies",
+    "LayerSkip": "lede_env.decoding.strategies",
+    "Lede": "lede_env.decoding.strategies",
+    "load_policy": "lede_env.policies",
+    "load_prompts": "lede_env.tasks",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lede_env' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

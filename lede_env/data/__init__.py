@@ -1,0 +1,1 @@
+"""Files: trajectories (`trajectory_file`), and later traces, the dataset registry and exporters."""

@@ -1,0 +1,1 @@
+"""Decoding: the loop over rounds and the strategies that steer it."""

@@ -1,0 +1,358 @@
+"""Generation: prefill, then rounds of drafting and verification until every row is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lede_env.decoding.strategies import Autoregressive, Control, Strategy
+from lede_env.decoding.text import TextStream
+from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, greedy_match, speculative_match
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.round import DRAFT_CAP, Counts, Round, draft_limit
+from lede_env.engine.session import Session
+from lede_env.engine.signals import Signals, TraceWindow
+from lede_env.errors import LedeError
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one generation; names as in design section 3, times in seconds of wall-clock."""
+
+    E: float
+    d: float
+    acceptance: float
+    tokens_per_round: float
+    rounds: int
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float  # of the whole batch, for a row of one
+
+    @property
+    def tokens_per_second(self) -> float:
+        """End to end: prefill included."""
+        return self.tokens / (self.prefill_seconds + self.decode_seconds)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns for one prompt."""
+
+    text: str  # without the prompt, and without the stop string
+    token_ids: list[int]  # new tokens, EOS included
+    finish_reason: str  # "eos", "stop", "length" or "context"
+    metrics: Metrics
+    counts: Counts
+    rounds: list[Round]
+    prompt_ids: list[int]
+    seed: int  # of this row: alone with this seed, the prompt gives the same text
+    model: str
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What `stream` yields after a round: text that is final, and the round that made it."""
+
+    text: str
+    round: Round | None  # None for the last piece, which only flushes held-back text
+
+
+@dataclass
+class _Row:
+    """One sequence being decoded."""
+
+    index: int
+    prompt_ids: list[int]
+    control: Control
+    draws: Draws
+    seed: int
+    budget: int
+    pending: int
+    out_of: str  # the finish reason when the budget is used up
+    needs_trace: bool
+    text: TextStream | None
+    trace: TraceWindow = field(default_factory=TraceWindow)
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    finish_reason: str = ""
+    # of the open round
+    round: Round = field(default_factory=Round)
+    limit: int = 0
+    q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
+    draft_trace: list[float] = field(default_factory=list)
+
+    def open_round(self) -> None:
+        self.round, self.q, self.draft_trace = Round(), [], []
+        self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
+        self.round.limited = self.limit == 0 < self.control.cap
+
+
+def generate(
+    lm: LayeredLM,
+    prompt: str | Sequence[Any],
+    *,
+    strategy: Strategy | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+) -> Generation | list[Generation]:
+    """Continue one prompt, or a batch of them, losslessly: the strategy changes the speed, never the distribution.
+
+    Args:
+        prompt: a text, chat messages, or a list of token ids; or a list of these (a batch, decoded together).
+        strategy: Autoregressive() by default.
+        max_new_tokens: never exceeded.
+        temperature, top_k, top_p: 0 is greedy; top_k 0 and top_p 1 are off.
+        seed: row b of a batch draws from `derive_seed(seed, b)`, row 0 from `seed` itself.
+        stop: strings that end the text where they begin.
+
+    Returns:
+        A Generation, or a list of them for a batch.
+    """
+    prompts, single = _as_batch(prompt)
+    rows: list[_Row] = []
+    times = _Times()
+    for _ in _decode(lm, prompts, strategy, max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop, rows, times):
+        pass
+    results = [_result(lm, row, strategy or Autoregressive(), times) for row in rows]
+    return results[0] if single else results
+
+
+def stream(lm: LayeredLM, prompt: str | Sequence[Any], **kwargs: Any) -> Iterator[Piece]:
+    """As `generate`, for one prompt, yielding a Piece a round. The pieces' texts join to `generate`'s text."""
+    prompts, single = _as_batch(prompt)
+    if not single:
+        raise LedeError(f"stream takes one prompt, got a batch of {len(prompts)}; use generate for a batch")
+    options: dict[str, Any] = dict(temperature=0.0, top_k=0, top_p=1.0, strategy=None, max_new_tokens=128, seed=0, stop=())
+    unknown = set(kwargs) - set(options)
+    if unknown:
+        raise LedeError(f"stream has no argument {sorted(unknown)[0]!r}; it takes {', '.join(options)}")
+    options |= kwargs
+    sampling = Sampling(options["temperature"], options["top_k"], options["top_p"])
+    rows: list[_Row] = []
+    arguments = (options["strategy"], options["max_new_tokens"], sampling, options["seed"], options["stop"])
+    for _ in _decode(lm, prompts, *arguments, rows, _Times(), streaming=True):
+        yield Piece(rows[0].text.take() if rows[0].text else "", rows[0].round)
+    yield Piece(rows[0].text.take(last=True) if rows[0].text else "", None)
+
+
+@dataclass
+class _Times:
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+def _decode(
+    lm: LayeredLM,
+    prompts: list[Any],
+    strategy: Strategy | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop: str | Sequence[str],
+    rows: list[_Row],
+    times: _Times,
+    streaming: bool = False,
+) -> Iterator[None]:
+    """Fill `rows`, then play rounds, yielding after each, until all rows are done."""
+    if max_new_tokens < 1:
+        raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    strategy = strategy or Autoregressive()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise LedeError("a stop string is empty; it would end every text at once")
+    rows += [
+        _make_row(lm, index, prompt, strategy, max_new_tokens, derive_seed(seed, index) if index else seed, stops, streaming)
+        for index, prompt in enumerate(prompts)
+    ]
+    capacity = max(len(row.prompt_ids) + row.budget for row in rows)
+    with torch.inference_mode(), lm.session(len(rows), capacity, DRAFT_CAP + 1) as session:
+        clock = time.perf_counter()
+        for row in rows:
+            session.prefill(row.index, row.prompt_ids[:-1])
+        times.prefill = _elapsed(lm, clock)
+        begin = time.perf_counter()
+        active = rows
+        while active:
+            play_round(session, active, sampling)
+            for row in active:
+                _collect(lm, row)
+            active = [row for row in active if not row.finish_reason]
+            times.decode = _elapsed(lm, begin)
+            yield
+
+
+def play_round(session: Session, rows: list[_Row], sampling: Sampling) -> None:
+    """One round of every row, in lockstep, by the round protocol of design section 4."""
+    lm = session.lm
+    for row in rows:
+        row.open_round()
+    session.feed([row.index for row in rows], [row.pending for row in rows])
+    drafting = [row for row in rows if row.limit > 0]
+    while drafting:
+        signals = _draft(session, drafting, sampling)
+        # Every draft opens a slot, the last one too: verification runs it through all the layers.
+        session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
+        drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
+    states = session.finish([row.index for row in rows])
+    logits = lm.logits(torch.cat(states)).split([len(state) for state in states])
+    for row, target in zip(rows, logits, strict=True):
+        _verify(lm, row, target, sampling)
+        session.close_round(row.index, row.round.accepted + 1)
+
+
+def _draft(session: Session, rows: list[_Row], sampling: Sampling) -> list[Signals]:
+    """Make the next draft of every row, at a layer of its strategy's path. Returns the signals each left with."""
+    lm = session.lm
+    paths = {row.index: row.control.path(row.round) for row in rows}
+    left: dict[int, Signals] = {}
+    walking, step = rows, 0
+    while walking:
+        session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
+        logits = lm.logits(session.newest([row.index for row in walking]))  # (R, V)
+        best = logits.argmax(-1).tolist() if sampling.greedy else []
+        staying = []
+        for at, row in enumerate(walking):
+            path, made = paths[row.index], len(row.round.drafts)
+            trace = row.trace.mean(row.draft_trace) if row.needs_trace else 0.0
+            signals = Signals(logits[at], path[step], lm.n_layers, 2 if made else 1, made, row.control.cap, trace)
+            if step + 1 < len(path) and not row.control.leave(signals, row.round):
+                row.round.checks += 1
+                staying.append(row)
+                continue
+            if sampling.greedy:
+                token = best[at]
+            else:
+                row.q.append(sampling.probabilities(logits[at : at + 1])[0])
+                token = draw(row.q[-1], row.draws.next())
+            row.round.drafts.append(token)
+            row.round.exits.append(path[step])
+            left[row.index] = signals
+        walking, step = staying, step + 1
+    return [left[row.index] for row in rows]
+
+
+def _goes_on(lm: LayeredLM, row: _Row, signals: Signals) -> bool:
+    """Whether the row makes another draft this round."""
+    if row.needs_trace:
+        row.draft_trace.append(-float(signals.raw[0]))
+    if row.round.drafts[-1] in lm.eos_ids:
+        return False
+    if len(row.round.drafts) >= row.limit:
+        row.round.limited = row.limit < row.control.cap
+        return False
+    return row.control.keep_drafting(signals, row.round)
+
+
+def _verify(lm: LayeredLM, row: _Row, logits: Tensor, sampling: Sampling) -> None:
+    """Settle the open round against the (d + 1, V) full-depth logits."""
+    drafts = row.round.drafts
+    if sampling.greedy:
+        accepted, token = greedy_match(drafts, logits.argmax(-1).tolist())
+    else:
+        accepted, token = speculative_match(drafts, sampling.probabilities(logits), row.q, row.draws)
+    if row.round.settle(accepted, token, lm.eos_ids):
+        row.finish_reason = "eos"
+    if row.needs_trace:
+        known = logits[: len(row.round.emitted)]
+        for value in (known.logsumexp(-1) - known.amax(-1)).tolist():
+            row.trace.push(value)
+
+
+def _collect(lm: LayeredLM, row: _Row) -> None:
+    """Move the settled round's tokens to the text, apply stop strings and the budget, let the strategy learn."""
+    round_ = row.round
+    if row.text is not None:
+        kept = row.text.push(round_.emitted)
+        if row.text.stopped:
+            round_.cut(kept)
+            row.finish_reason = "stop"
+    row.tokens += round_.emitted
+    row.rounds.append(round_)
+    row.counts.add(round_, lm.n_layers)
+    row.pending = row.tokens[-1]
+    if not row.finish_reason and len(row.tokens) >= row.budget:
+        row.finish_reason = row.out_of
+    if not round_.limited:
+        row.control.learn(round_)
+
+
+def _make_row(
+    lm: LayeredLM,
+    index: int,
+    prompt: Any,
+    strategy: Strategy,
+    max_new_tokens: int,
+    seed: int,
+    stop: tuple[str, ...],
+    streaming: bool,
+) -> _Row:
+    ids = lm.encode(prompt)
+    room = lm.geometry.context - len(ids)
+    if room < 1:
+        raise LedeError(
+            f"the prompt has {len(ids)} tokens and {lm.name}'s context is {lm.geometry.context}; "
+            f"shorten it to at most {lm.geometry.context - 1}"
+        )
+    return _Row(
+        index=index,
+        prompt_ids=ids,
+        control=strategy.start(lm),
+        draws=Draws(seed),
+        seed=seed,
+        budget=min(max_new_tokens, room),
+        pending=ids[-1],
+        out_of="length" if max_new_tokens <= room else "context",
+        needs_trace=strategy.needs_trace,
+        text=TextStream(lm, stop) if stop or (streaming and lm.tokenizer is not None) else None,
+    )
+
+
+def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Generation:
+    counts = row.counts
+    if row.text is not None:
+        row.text.take(last=True)
+        text = row.text.text
+    else:
+        text = lm.decode(row.tokens) if lm.tokenizer is not None else ""
+    metrics = Metrics(
+        E=counts.E,
+        d=counts.d,
+        acceptance=counts.acceptance,
+        tokens_per_round=counts.tokens_per_round,
+        rounds=counts.rounds,
+        tokens=len(row.tokens),
+        prefill_seconds=times.prefill,
+        decode_seconds=times.decode,
+    )
+    return Generation(
+        text, row.tokens, row.finish_reason, metrics, counts, row.rounds, row.prompt_ids, row.seed, lm.name, strategy.name
+    )
+
+
+def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts of an argument, and whether it was one prompt."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    items = list(prompt)
+    if not items:
+        raise LedeError("the prompt is empty; give at least one character or one token id")
+    if isinstance(items[0], dict) or not isinstance(items[0], str | list | tuple):
+        return [items], True
+    return items, False
+
+
+def _elapsed(lm: LayeredLM, begin: float) -> float:
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
+    return time.perf_counter() - begin

@@ -1,0 +1,37 @@
+"""LayerSkip's self-speculative decoding: a fixed exit layer and a fixed draft length (Elhoushi et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lede_env.decoding.strategies.base import Control, Strategy
+from lede_env.engine.round import DRAFT_CAP
+from lede_env.errors import LedeError
+
+
+class _Fixed(Control):
+    def __init__(self, exit_layer: int, speculation: int):
+        self.layers, self.speculation = (exit_layer,), speculation
+
+    def path(self, round_):
+        return self.layers
+
+    def keep_drafting(self, signals, round_):
+        return len(round_.drafts) < self.speculation
+
+
+@dataclass(frozen=True)
+class LayerSkip(Strategy):
+    """Draft `speculation` tokens at `exit_layer`, then verify."""
+
+    exit_layer: int
+    speculation: int
+    name = "layerskip"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.speculation <= DRAFT_CAP:
+            raise LedeError(f"speculation={self.speculation} is out of range: a round drafts 1 to {DRAFT_CAP} tokens")
+
+    def start(self, lm) -> Control:
+        lm.check_exit_layer(self.exit_layer)
+        return _Fixed(self.exit_layer, self.speculation)

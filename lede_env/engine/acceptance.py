@@ -1,0 +1,129 @@
+"""Which drafts survive verification: greedy prefix match, speculative sampling, and the coupling of the exit MDP.
+
+Every random number is counter-based, a hash of (seed, row, how many were drawn before), so a result depends on
+neither the batch it was computed in nor on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lede_env.errors import LedeError
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def _mix(z: int) -> int:
+    """The splitmix64 finaliser: a bijection of 64-bit integers with full avalanche."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """The seed of a part (a row, an episode) of what `seed` governs; `derive_seed(seed)` is `seed` itself."""
+    for step in path:
+        seed = _mix((_mix(seed & _MASK) + (step + 1) * _GOLDEN) & _MASK)
+    return seed
+
+
+class Draws:
+    """The uniform numbers in [0, 1) of one sequence."""
+
+    def __init__(self, seed: int):
+        self.key, self.count = _mix(seed & _MASK), 0
+
+    def next(self) -> float:
+        self.count += 1
+        return (_mix((self.key + self.count * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: temperature, then top-k, then top-p (transformers' order). Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise LedeError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise LedeError(f"top_k={self.top_k} must be 0 (off) or a positive count of tokens")
+        if not 0.0 < self.top_p <= 1.0:
+            raise LedeError(f"top_p={self.top_p} must lie in (0, 1]; 1 is off")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(N, V) logits -> (N, V) probabilities in float32, after temperature, top-k and top-p, renormalised."""
+        scores = logits.float() / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < kth, -torch.inf)
+        if self.top_p < 1.0:
+            ordered, order = scores.sort(dim=-1)
+            tail = ordered.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
+            tail[..., -1] = False
+            scores = scores.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
+        return scores.softmax(-1)
+
+
+def draw(probabilities: Tensor, u: float) -> int:
+    """A token from (V,) non-negative weights by inverse transform of one uniform number."""
+    total = probabilities.double().cumsum(-1)
+    # The first index whose cumulative weight exceeds u * sum: never a token of weight zero.
+    return int(torch.searchsorted(total, total[-1:] * u, right=True).clamp_max(last_positive(probabilities)))
+
+
+def last_positive(probabilities: Tensor) -> int:
+    return int(probabilities.nonzero()[-1])
+
+
+def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
+    """(accepted, next token): the longest equal prefix, then the target's token. `targets` has one more entry."""
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
+        accepted += 1
+    return accepted, targets[accepted]
+
+
+def speculative_match(drafts: list[int], p: Tensor, q: list[Tensor], draws: Draws) -> tuple[int, int]:
+    """Speculative sampling (Leviathan et al. 2023): (accepted, next token), exactly distributed as the target.
+
+    `p` is (d + 1, V), `q` the (V,) distribution each draft was drawn from. A draft x is accepted with probability
+    min(1, p(x) / q(x)); at the first rejection the next token comes from the normalised max(p - q, 0), or from p
+    where that residual is zero; when all are accepted it is the bonus token, from p.
+    """
+    for i, token in enumerate(drafts):
+        if draws.next() * float(q[i][token]) >= float(p[i, token]):
+            residual = (p[i] - q[i]).clamp_min(0.0)
+            return i, draw(residual if float(residual.sum()) > 0.0 else p[i], draws.next())
+    return len(drafts), draw(p[len(drafts)], draws.next())
+
+
+def coupled_drafts(p: Tensor, q: Tensor, target: int, u: float) -> tuple[list[int], Tensor]:
+    """Drafts at C layers coupled to a target token drawn from (V,) `p`; `q` is (C, V), `u` one uniform for all layers.
+
+    Layer c's draft equals the target with probability min(1, q_c(y) / p(y)), else is drawn from the normalised
+    max(q_c - p, 0). Then it has distribution q_c, and it equals the target exactly as often as speculative sampling
+    accepts (maximal coupling; design section 5). Returns the drafts and the (C,) acceptance probabilities.
+    """
+    chance = (q[:, target] / p[target]).clamp_max(1.0)  # (C,)
+    drafts = []
+    for layer, accept in enumerate(chance.tolist()):
+        if u < accept:
+            drafts.append(target)
+        else:
+            residual = (q[layer] - p).clamp_min(0.0)
+            # Given rejection, u is uniform on [accept, 1): rescaled, it draws from the residual.
+            usable = float(residual.sum()) > 0.0
+            drafts.append(draw(residual if usable else q[layer], (u - accept) / (1.0 - accept)))
+    return drafts, chance

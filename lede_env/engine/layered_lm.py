@@ -1,0 +1,167 @@
+"""A decoder-only transformer that runs in layer segments. The weights; sessions hold everything that changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lede_env.errors import LedeError
+
+if TYPE_CHECKING:
+    from lede_env.engine.kv_cache import KVCache, Span
+    from lede_env.engine.session import Session
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer, projections that read the same input fused."""
+
+    attention_norm: Tensor  # (H,)
+    qkv: Tensor  # ((heads + 2 kv_heads) D, H)
+    qkv_bias: Tensor | None
+    out: Tensor  # (H, heads D)
+    mlp_norm: Tensor  # (H,)
+    gate_up: Tensor  # (2 M, H)
+    down: Tensor  # (H, M)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model, with the names of design section 3."""
+
+    n_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    context: int  # most positions the model was trained for
+    norm_eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredLM:
+    """Immutable weights of a Llama, Mistral or Qwen2 model, on one device.
+
+    A layer number `e` counts layers that have been run, so `run(x, ..., 0, e)` leaves layer e.
+    Hidden states are un-normed; `logits` applies the final norm and the LM head.
+    """
+
+    name: str  # as asked for: zoo name, hub id or folder name
+    weights: str  # "embedded", "checkpoint" or "twin": what the tensors are
+    fingerprint: str
+    geometry: Geometry
+    candidate_layers: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    embedding: Tensor  # (V, H)
+    layers: tuple[Layer, ...]
+    final_norm: Tensor  # (H,)
+    head: Tensor  # (V, H)
+    rope_cos: Tensor  # (context, D)
+    rope_sin: Tensor  # (context, D), the first half negated: see `rotate`
+    folder: str | None = field(default=None)
+
+    @property
+    def n_layers(self) -> int:
+        return self.geometry.n_layers
+
+    def session(self, batch: int, capacity: int, width: int = 13) -> Session:
+        """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round."""
+        from lede_env.engine.session import Session
+
+        return Session(self, batch, capacity, width)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(N,) token ids -> (N, H) states at layer 0."""
+        return F.embedding(tokens, self.embedding)
+
+    def run(self, x: Tensor, cache: KVCache, span: Span, first: int, last: int) -> Tensor:
+        """Layers first+1..last over (R, Q, H) un-normed states; writes their keys and values. Returns (R, Q, H)."""
+        geometry = self.geometry
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
+        cos = self.rope_cos[span.positions].unsqueeze(2)  # (R or 1, Q, 1, D)
+        sin = self.rope_sin[span.positions].unsqueeze(2)
+        for index in range(first, last):
+            layer = self.layers[index]
+            h = rms_norm(x, layer.attention_norm, geometry.norm_eps)
+            h = self._attend(F.linear(h, layer.qkv, layer.qkv_bias), shape, cos, sin, cache, span, index)
+            x = torch.addmm(x, h, layer.out.t())
+            h = rms_norm(x, layer.mlp_norm, geometry.norm_eps)
+            gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), layer.down.t())
+        return x.view(shape)
+
+    def _attend(
+        self, qkv: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, cache: KVCache, span: Span, index: int
+    ) -> Tensor:
+        """Rotary attention of one layer over the fused projection. Returns (N, heads D)."""
+        heads, kv_heads, dim = self.geometry.heads, self.geometry.kv_heads, self.geometry.head_dim
+        qkv = qkv.view(shape[0], shape[1], heads + 2 * kv_heads, dim)  # (R, Q, heads, D)
+        rotated = rotate(qkv[:, :, : heads + kv_heads], cos, sin).transpose(1, 2)  # (R, heads + kv_heads, Q, D)
+        values = qkv[:, :, heads + kv_heads :].transpose(1, 2)
+        keys, values = cache.write(index, span, rotated[:, heads:], values)
+        out = F.scaled_dot_product_attention(
+            rotated[:, :heads], keys, values, attn_mask=span.mask, enable_gqa=heads != kv_heads
+        )
+        return out.transpose(1, 2).reshape(-1, heads * dim)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
+        logits = F.linear(rms_norm(x, self.final_norm, self.geometry.norm_eps), self.head)
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def encode(self, prompt: str | list[dict[str, str]] | list[int]) -> list[int]:
+        """Token ids of a text, of chat messages (the model's chat template), or of ids as they are."""
+        if isinstance(prompt, str):
+            ids = self._tokenizer().encode(prompt) if prompt else []
+        elif prompt and isinstance(prompt[0], dict):
+            if not getattr(self._tokenizer(), "chat_template", None):
+                raise LedeError(f"model {self.name!r} has no chat template; pass a text or token ids")
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            bad = [token for token in ids if not 0 <= token < self.geometry.vocab]
+            if bad:
+                raise LedeError(f"token id {bad[0]} is outside the vocabulary, 0..{self.geometry.vocab - 1}")
+        if not ids:
+            raise LedeError("the prompt is empty; give at least one character or one token id")
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise LedeError(f"model {self.name!r} has no tokenizer files; pass token ids instead of text")
+        return self.tokenizer
+
+    def check_exit_layer(self, layer: int) -> None:
+        """Raise a LedeError unless `layer` can be an exit: 1..n_layers - 1."""
+        if not 1 <= layer < self.n_layers:
+            raise LedeError(
+                f"exit layer {layer} is out of range: {self.name} has {self.n_layers} layers, "
+                f"so an exit layer lies in 1..{self.n_layers - 1}"
+            )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32 at least, as Llama computes it."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps)) * weight
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, x cos + rotate_half(x) sin, with rotate_half's minus sign folded into `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,0 +1,129 @@
+"""A decoding session: the KV cache of a batch, and the open round of each row."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lede_env.engine.kv_cache import KVCache
+from lede_env.errors import LedeError
+
+if TYPE_CHECKING:
+    from lede_env.engine.layered_lm import LayeredLM
+
+
+class Session:
+    """Mutable state of `batch` sequences on one LayeredLM.
+
+    Between rounds, `lengths[row]` positions of a row have keys and values in every layer. A round opens slots
+    after them: slot i holds the round's i-th token (slot 0 the pending one), its state `hidden[row, i]` and
+    `depth[row][i]`, the layers it has been through. Depths never rise along a row, because a slot cannot pass a
+    layer before the slots in front of it: those that wait below ride along (design section 4).
+
+    Use it as a context manager: a session in use refuses a second user, and leaves by any exception usable.
+    """
+
+    def __init__(self, lm: LayeredLM, batch: int, capacity: int, width: int):
+        if batch < 1:
+            raise LedeError(f"a session needs at least one row, got batch={batch}")
+        if not 1 <= capacity <= lm.geometry.context:
+            raise LedeError(
+                f"session capacity {capacity} is out of range: {lm.name}'s context is {lm.geometry.context} tokens"
+            )
+        geometry = lm.geometry
+        self.lm, self.batch, self.capacity, self.width = lm, batch, capacity, width
+        # Rows of a batch are padded to the longest open round, so writes may pass the last valid position.
+        self.cache = KVCache(
+            geometry.n_layers, batch, geometry.kv_heads, capacity + width, geometry.head_dim, lm.dtype, lm.device
+        )
+        self.hidden = torch.zeros(batch, width, geometry.hidden, dtype=lm.dtype, device=lm.device)
+        self.lengths = [0] * batch
+        self.depth: list[list[int]] = [[] for _ in range(batch)]
+        self._busy = False
+
+    def __enter__(self) -> Session:
+        if self._busy:
+            raise LedeError("this session is in use; open another with lm.session(...)")
+        self._busy = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._busy = False
+        for slots in self.depth:
+            slots.clear()
+
+    def prefill(self, row: int, ids: list[int]) -> None:
+        """Forget the row, then run every layer over `ids` (the prompt without its last token; may be empty)."""
+        self.lengths[row] = 0
+        self.depth[row].clear()
+        if len(ids) > self.capacity:
+            raise LedeError(f"{len(ids)} prompt tokens do not fit the session's {self.capacity} positions")
+        for begin in range(0, len(ids), 512):
+            part = ids[begin : begin + 512]
+            span = self.cache.span([row], [begin], len(part))
+            x = self.lm.embed(torch.tensor(part, device=self.lm.device)).unsqueeze(0)
+            self.lm.run(x, self.cache, span, 0, self.lm.n_layers)
+        self.lengths[row] = len(ids)
+
+    def feed(self, rows: list[int], tokens: list[int]) -> None:
+        """Open the next slot of each row with its token, at depth 0."""
+        states = self.lm.embed(torch.tensor(tokens, device=self.lm.device))  # (R, H)
+        for row, state in zip(rows, states, strict=True):
+            self.hidden[row, len(self.depth[row])] = state
+            self.depth[row].append(0)
+
+    def advance(self, rows: list[int], targets: list[int]) -> None:
+        """Run the newest slot of each row on to its target layer; slots waiting on the way ride along."""
+        goal = dict(zip(rows, targets, strict=True))
+        stops = {depth for row in rows for depth in self.depth[row] if depth < goal[row]} | set(targets)
+        for first, last in pairwise(sorted(stops)):
+            moving = [row for row in rows if self.depth[row][-1] == first and goal[row] >= last]
+            if moving:
+                self._move(moving, first, last)
+
+    def _move(self, rows: list[int], first: int, last: int) -> None:
+        """Run every slot at depth `first` of these rows through layers first+1..last."""
+        tails = [self.depth[row].index(first) for row in rows]  # the first slot that moves
+        counts = [len(self.depth[row]) - tail for row, tail in zip(rows, tails, strict=True)]
+        starts = [self.lengths[row] + tail for row, tail in zip(rows, tails, strict=True)]
+        width = max(counts)
+        span = self.cache.span(rows, starts, width)
+        if len(rows) == 1 or (len(set(tails)) == 1 and len(rows) == self.batch):
+            index = slice(None) if len(rows) == self.batch else rows
+            window = slice(tails[0], tails[0] + width)
+            self.hidden[index, window] = self.lm.run(self.hidden[index, window], self.cache, span, first, last)
+        else:
+            self._move_ragged(rows, tails, counts, width, span, first, last)
+        for row, tail in zip(rows, tails, strict=True):
+            self.depth[row][tail:] = [last] * (len(self.depth[row]) - tail)
+
+    def _move_ragged(self, rows, tails, counts, width, span, first, last) -> None:
+        """As `_move`, for rows whose open slots differ: gathered, padded at the end to one width, put back."""
+        device = self.lm.device
+        index = torch.tensor(rows, device=device).unsqueeze(1)  # (R, 1)
+        offsets = torch.arange(width, device=device)
+        slots = torch.tensor(tails, device=device).unsqueeze(1) + offsets  # (R, Q)
+        real = offsets < torch.tensor(counts, device=device).unsqueeze(1)  # (R, Q)
+        slots = torch.where(real, slots, slots[:, :1])  # padding repeats a real state; its keys are overwritten
+        out = self.lm.run(self.hidden[index, slots], self.cache, span, first, last)
+        self.hidden[index.expand_as(slots)[real], slots[real]] = out[real]
+
+    def newest(self, rows: list[int]) -> Tensor:
+        """(R, H) state of each row's newest slot."""
+        if self.batch == 1:
+            return self.hidden[0, len(self.depth[0]) - 1].unsqueeze(0)
+        slots = [len(self.depth[row]) - 1 for row in rows]
+        return self.hidden[rows, slots]
+
+    def finish(self, rows: list[int]) -> list[Tensor]:
+        """Verification: every open slot to full depth. Returns (slots, H) states of each row."""
+        self.advance(rows, [self.lm.n_layers] * len(rows))
+        return [self.hidden[row, : len(self.depth[row])] for row in rows]
+
+    def close_round(self, row: int, kept: int) -> None:
+        """Keep the first `kept` slots' keys and values (the pending token and the accepted drafts); drop the rest."""
+        self.lengths[row] += kept
+        self.depth[row].clear()

@@ -1,0 +1,324 @@
+"""Exit policies: what a learned or fixed rule must offer, the simple rules, and the policy file format.
+
+A policy folder holds ``policy.json`` (what the policy observes and which model it was trained for) and
+``policy.safetensors`` (``layers.<i>.weight`` (out, in) and ``layers.<i>.bias`` (out,), float32).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lede_env.errors import LedeError
+
+CONTINUE, EXIT = 0, 1
+FORMAT_VERSION = 1
+SHIPPED = {"tiny": Path(__file__).parent / "models" / "tiny" / "policy"}
+
+
+class ExitPolicy(Protocol):
+    """A rule that decides, from named features at a candidate layer, whether to exit."""
+
+    features: tuple[str, ...]  # what it observes, by name, in this order
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        """(N, len(features)) float32 -> (N,) probability of `EXIT`, in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomPolicy:
+    """Exit with probability `p` at every decision, whatever it sees."""
+
+    p: float = 0.5
+    features: tuple[str, ...] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.p <= 1.0:
+            raise LedeError(f"RandomPolicy p={self.p} is not a probability; give a number in [0, 1]")
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        return np.full(len(observations), self.p)
+
+
+@dataclass(frozen=True)
+class StaticPolicy:
+    """Exit at one fixed layer: the first candidate at or above `layer` (1-based) of `n_layers`."""
+
+    layer: int
+    n_layers: int
+    features: tuple[str, ...] = field(default=("layer",), init=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.layer < self.n_layers:
+            raise LedeError(
+                f"StaticPolicy layer={self.layer} is out of range; the model has {self.n_layers} layers, "
+                f"give 1 to {self.n_layers - 1}"
+            )
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        return (_layers(observations, self.n_layers) >= self.layer).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy:
+    """Exit where the probability of the most likely token exceeds the layer's threshold.
+
+    `thresholds` maps every candidate layer (1-based) to a probability in [0, 1]; 1 never exits.
+    """
+
+    thresholds: Mapping[int, float]
+    n_layers: int
+    features: tuple[str, ...] = field(default=("layer", "top1"), init=False)
+
+    def __post_init__(self) -> None:
+        for layer, threshold in self.thresholds.items():
+            if not (1 <= layer < self.n_layers and 0.0 <= threshold <= 1.0):
+                raise LedeError(
+                    f"ThresholdPolicy has threshold {threshold} at layer {layer}; layers go from 1 to "
+                    f"{self.n_layers - 1}, thresholds from 0 to 1"
+                )
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        table = np.full(self.n_layers + 1, np.nan)
+        table[list(self.thresholds)] = list(self.thresholds.values())
+        layers = _layers(observations, self.n_layers)  # (N,)
+        limits = table[layers]
+        if np.isnan(limits).any():
+            missing = sorted(set(layers[np.isnan(limits)].tolist()))
+            raise LedeError(
+                f"ThresholdPolicy has no threshold for layers {missing}, only for {sorted(self.thresholds)}; "
+                "give one for every candidate layer"
+            )
+        return (np.exp(-observations[:, 1]) > limits).astype(np.float64)  # top1 is -log p_max
+
+
+def _layers(observations: np.ndarray, n_layers: int) -> np.ndarray:
+    """The feature `layer` (e / L, column 0) back to layer numbers: (N, F) -> (N,) int."""
+    return np.rint(observations[:, 0] * n_layers).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class MLPPolicy:
+    """Greedy on the Q-values of a small ReLU network (paper section 3.2), run in numpy.
+
+    weights: one (outputs, inputs) float32 array a layer, biases: (outputs,); the last layer gives
+        Q(continue), Q(exit).
+    mean, std: (F,) the observation normaliser; the network sees ``(observation - mean) / std``.
+    features, mdp ("exit" | "draft"), candidate_layers, n_layers, model_fingerprint, model_name: what it was
+        trained on. training: anything worth keeping about how, JSON values only.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    biases: tuple[np.ndarray, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    features: tuple[str, ...]
+    mdp: str
+    candidate_layers: tuple[int, ...]
+    n_layers: int
+    model_fingerprint: str
+    model_name: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.features), *(len(bias) for bias in self.biases))
+        shapes = [weight.shape for weight in self.weights]
+        expected = [(outputs, inputs) for inputs, outputs in itertools.pairwise(sizes)]
+        if shapes != expected or sizes[-1] != 2:
+            raise LedeError(
+                f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs"
+            )
+        if self.mean.shape != (sizes[0],) or self.std.shape != (sizes[0],) or not (self.std > 0).all():
+            raise LedeError(f"MLPPolicy needs a mean and a positive std for each of {self.features}")
+        if self.mdp not in ("exit", "draft"):
+            raise LedeError(f"MLPPolicy mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
+        if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases, self.mean, self.std)):
+            raise LedeError(
+                "MLPPolicy has a weight or a normaliser that is not finite; its training diverged"
+            )
+
+    def q_values(self, observations: np.ndarray) -> np.ndarray:
+        """(N, F) -> (N, 2) values of `CONTINUE` and `EXIT`."""
+        x = (observations - self.mean) / self.std
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = np.maximum(x @ weight.T + bias, 0.0)
+        return x @ self.weights[-1].T + self.biases[-1]
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        q = self.q_values(observations)
+        return (q[:, EXIT] > q[:, CONTINUE]).astype(np.float64)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write policy.json and policy.safetensors into `folder`, made if missing; returns the folder."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"layers.{i}" for i in range(len(self.weights))]
+        tensors = {f"{n}.weight": np.ascontiguousarray(w) for n, w in zip(names, self.weights, strict=True)}
+        tensors |= {f"{n}.bias": np.ascontiguousarray(b) for n, b in zip(names, self.biases, strict=True)}
+        save_file(tensors, folder / "policy.safetensors")
+        card = {
+            "format_version": FORMAT_VERSION,
+            "kind": "mlp",
+            "mdp": self.mdp,
+            "features": list(self.features),
+            "hidden_sizes": [len(bias) for bias in self.biases[:-1]],
+            "activation": "relu",
+            "normaliser": {"mean": self.mean.tolist(), "std": self.std.tolist()},
+            "state_reset": "none",
+            "candidate_layers": list(self.candidate_layers),
+            "n_layers": self.n_layers,
+            "model_fingerprint": self.model_fingerprint,
+            "model_name": self.model_name,
+            "training": self.training,
+        }
+        (folder / "policy.json").write_text(json.dumps(card, indent=2) + "\n")
+        return folder
+
+
+def load_policy(path: str | Path) -> MLPPolicy:
+    """Load a policy: its folder, its ``.safetensors`` file, or the name of a shipped one (``"tiny"``).
+
+    Raises `LedeError` if a file is missing or damaged, or if this version cannot run the policy.
+    """
+    location = SHIPPED.get(str(path), Path(path))
+    if location.suffix == ".safetensors":
+        tensor_file, card_file = location, location.with_suffix(".json")
+    else:
+        tensor_file, card_file = location / "policy.safetensors", location / "policy.json"
+    for file in (card_file, tensor_file):
+        if not file.is_file():
+            raise LedeError(
+                f"no policy at {str(path)!r}: {file} is missing; give a folder with policy.json and "
+                f"policy.safetensors, the .safetensors file, or one of {sorted(SHIPPED)}"
+            )
+    card = _read_card(card_file)
+    try:
+        sizes = [len(card["features"]), *card["hidden_sizes"], 2]
+        weights, biases = _read_layers(tensor_file, sizes)
+        return MLPPolicy(
+            weights=weights,
+            biases=biases,
+            mean=np.array(card["normaliser"]["mean"], np.float32),
+            std=np.array(card["normaliser"]["std"], np.float32),
+            features=tuple(card["features"]),
+            mdp=card["mdp"],
+            candidate_layers=tuple(card["candidate_layers"]),
+            n_layers=card["n_layers"],
+            model_fingerprint=card["model_fingerprint"],
+            model_name=card["model_name"],
+            training=card["training"],
+        )
+    except (KeyError, TypeError) as error:
+        raise LedeError(f"{card_file} is malformed ({error!r}); export the policy again") from error
+
+
+# What this version can run; state_reset belongs to recurrent kinds.
+_SUPPORTED = {
+    "format_version": [FORMAT_VERSION],
+    "kind": ["mlp"],
+    "activation": ["relu"],
+    "state_reset": ["none"],
+}
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """policy.json, checked for what this version can run."""
+    try:
+        card = json.loads(file.read_text())
+    except ValueError as error:
+        raise LedeError(f"{file} is not valid JSON ({error}); export the policy again") from error
+    if not isinstance(card, dict):
+        raise LedeError(f"{file} is not a JSON object; export the policy again")
+    for key, supported in _SUPPORTED.items():
+        if card.get(key) not in supported:
+            raise LedeError(
+                f"{file} has {key}={card.get(key)!r}; this version of lede_env runs {supported}, "
+                "update lede_env or export the policy again"
+            )
+    return card
+
+
+def _read_layers(file: Path, sizes: Sequence[int]) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Weights and biases of a network with these layer sizes, as policy.json announces them."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise LedeError(
+            f"{file} is not a readable safetensors file ({error}), perhaps cut short; copy or export it again"
+        ) from error
+    expected = {}
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        expected |= {f"layers.{i}.weight": (outputs, inputs), f"layers.{i}.bias": (outputs,)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        raise LedeError(
+            f"{file} holds {found}, but its policy.json announces {expected}; "
+            "the two files belong to different policies, copy or export both again"
+        )
+    layers = range(len(sizes) - 1)
+    weights = tuple(tensors[f"layers.{i}.weight"].astype(np.float32) for i in layers)
+    return weights, tuple(tensors[f"layers.{i}.bias"].astype(np.float32) for i in layers)
+
+
+def check_compatible(
+    policy: ExitPolicy,
+    fingerprint: str,
+    candidate_layers: Sequence[int],
+    features: Sequence[str],
+    mdp: str,
+) -> None:
+    """Raise `LedeError` unless `policy` can run on this model, at these layers, from these features.
+
+    A policy trained on the exit MDP also runs on the draft MDP: the paper deploys it so (section 3.3).
+    """
+    unseen = [name for name in policy.features if name not in features]
+    if unseen:
+        raise LedeError(
+            f"the policy observes {tuple(policy.features)}, but here there is only {tuple(features)}: "
+            f"{unseen} missing; pass features='extended' or train a policy on these features"
+        )
+    if isinstance(policy, StaticPolicy) and policy.layer not in candidate_layers:
+        raise LedeError(
+            f"the policy exits at layer {policy.layer}, but the candidate layers here are "
+            f"{tuple(candidate_layers)}; choose one of these"
+        )
+    if not isinstance(policy, MLPPolicy):
+        return
+    if policy.model_fingerprint != fingerprint:
+        raise LedeError(
+            f"the policy was trained for {policy.model_name!r} (fingerprint {policy.model_fingerprint}), but "
+            f"this model has fingerprint {fingerprint}; load that model or train a policy for this one"
+        )
+    if policy.candidate_layers != tuple(candidate_layers):
+        raise LedeError(
+            f"the policy was trained with candidate layers {policy.candidate_layers}, but they are "
+            f"{tuple(candidate_layers)} here; pass candidate_layers={policy.candidate_layers} or train again"
+        )
+    if policy.mdp != mdp and (policy.mdp, mdp) != ("exit", "draft"):
+        raise LedeError(
+            f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it"
+        )
+
+
+def parse_policy(text: str, n_layers: int, candidates: Sequence[int]) -> ExitPolicy:
+    """A policy from a command line: ``random``, ``static:<layer>``, or what `load_policy` takes."""
+    if text == "random":
+        return RandomPolicy()
+    if not text.startswith("static:"):
+        return load_policy(text)
+    layer = text.removeprefix("static:")
+    if not layer.isdecimal() or int(layer) not in candidates:
+        raise LedeError(f"policy {text!r}: {layer!r} is not one of the candidate layers {tuple(candidates)}")
+    return StaticPolicy(int(layer), n_layers)
