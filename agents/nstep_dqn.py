@@ -1,10 +1,10 @@
 """n-step DQN with noisy layers: the agent of the paper (sections 3.2 and 4.1), in one file.
 
-1. Explore: 200 episodes by the freshly initialised noisy network, logged to an HDF5 trajectory file.
+1. Explore: 200 episodes by the untrained noisy network, logged to an HDF5 trajectory file.
 2. Learn: replay that file, keep playing, one update every 4 agent steps on 32 replayed transitions.
    With `--offline FILE`, learn from a trajectory file alone instead.
 
-Every token is a stopping problem of its own: an exit carries `discount` 0, so n-step sums and bootstraps end there.
+Every token is a stopping problem of its own: an exit has `discount` 0, so targets never reach beyond it.
 
     python -m agents.nstep_dqn --env-id LEDE-Tiny-v0 --out runs/nstep_dqn
     python -m agents.nstep_dqn --offline runs/nstep_dqn/exploration.h5 --out runs/offline
@@ -12,139 +12,138 @@ Every token is a stopping problem of its own: an exit carries `discount` 0, so n
 
 from __future__ import annotations
 
-import copy
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
-import torch
-import torch.nn.functional as F
-from gymnasium.vector import AutoresetMode, VectorEnv
-from torch import Tensor, nn
 
-import lede_env  # noqa: F401  (registers the environments)
-from lede_env.data.trajectory_file import Episode, TrajectoryWriter, read_trajectories
+from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT, MLPPolicy
+from lede_env.policies import MLPPolicy
+from lede_env.recording import make_player_envs, play, run_attributes
 
 
 @dataclass
 class Args:
-    """Train the paper's agent. Values that our copy of the paper lost are marked (lost): choose your own."""
+    """Train the paper's agent. (lost): our copy of the paper lost the value, the default is our choice."""
 
-    env_id: str = "LEDE-Tiny-v0"
-    """environment to learn on"""
+    env_id: str = "LEDE-Tiny-v0"  # environment to learn on
+    # its keyword arguments, e.g. --env-kwargs backend trace task code
     env_kwargs: dict[str, int | float | str] = field(default_factory=dict)
-    """keyword arguments of the environment, e.g. --env-kwargs backend trace task code"""
-    num_envs: int = 8
-    """episodes played side by side, one model forward for all of them"""
-    offline: Path | None = None
-    """learn from this trajectory file alone, without an environment"""
-    out: Path = Path("runs/nstep_dqn")
-    """folder for exploration.h5, history.csv, policy/ and TensorBoard's files"""
-    seed: int = 1
-    """one seed reproduces a run bit for bit on the CPU"""
-    features: Literal["paper", "extended"] = "extended"
-    """what the policy observes; the file logs every feature whatever is chosen here"""
+    num_envs: int = 8  # episodes played side by side, one model forward for all
+    offline: Path | None = None  # learn from this trajectory file alone, without an environment
+    out: Path = Path("runs/nstep_dqn")  # folder for exploration.h5, history.csv, policy/, TensorBoard's files
+    seed: int = 1  # one seed reproduces a run bit for bit on the CPU
+    features: Literal["paper", "extended"] = "extended"  # what the policy observes; the log has all features
 
-    exploration_episodes: int = 200
-    """episodes before any learning (paper: 200)"""
-    explore: Literal["noisy", "coin"] = "noisy"
-    """noisy: the initial noisy network acts (the paper), so the logged behaviour_logprob is unknown (NaN);
-    coin: a fair coin decides, so it is known"""
-    online_episodes: int = 200
-    """episodes played while learning"""
-    offline_updates: int = 20_000
-    """updates with --offline"""
+    exploration_episodes: int = 200  # episodes before any learning (paper: 200)
+    online_episodes: int = 200  # episodes played while learning
+    offline_updates: int = 20_000  # updates with --offline
 
+    # length of the n-step targets (lost). They are not corrected for the policy that collected the data: on
+    # random data a large n evaluates random play, and only 1 is unbiased
     n_step: int = 3
-    """length of the n-step targets (lost). The sum is not corrected for the policy that collected the data: on
-    random data a large n evaluates random play, 1 is unbiased. No token has more steps than candidate layers"""
-    gamma: float = 0.99
-    """discount factor (lost)"""
-    learning_rate: float = 1e-3
-    """of Adam (lost)"""
-    sigma: float = 0.5
-    """initial scale of the parameter noise (lost; the NoisyNet paper's value)"""
-    hidden: int = 64
-    """width of the two hidden layers ("a small MLP")"""
-    batch_size: int = 32
-    """transitions an update (paper: 32)"""
-    update_every: int = 4
-    """agent steps, over all environments, to one update (paper: 4)"""
-    target_every: int = 512
-    """updates to one copy of the network into the target network (paper: 512 "steps", read as updates)"""
-    buffer_size: int = 200_000
-    """transitions kept for replay; never less than what exploration logged"""
+    gamma: float = 0.99  # discount factor (lost)
+    learning_rate: float = 1e-3  # of Adam (lost)
+    sigma: float = 0.5  # initial scale of the parameter noise (lost; the NoisyNet paper's value)
+    hidden: int = 64  # width of the two hidden layers (paper: "a small MLP")
+    batch_size: int = 32  # transitions an update (paper: 32)
+    update_every: int = 4  # agent steps, over all environments, to one update (paper: 4)
+    target_every: int = 512  # updates to one copy into the target network (paper: 512 "steps", read as updates)
+    buffer_size: int = 200_000  # transitions kept for replay, or as many as were logged where that is more
+
+    def __post_init__(self) -> None:
+        counts = ("num_envs", "exploration_episodes", "offline_updates", "n_step", "hidden", "batch_size")
+        for name in (*counts, "update_every", "target_every", "buffer_size"):
+            if getattr(self, name) < 1:
+                raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not 0.0 <= self.gamma <= 1.0:
+            raise LedeError(f"gamma={self.gamma}; expected a number in [0, 1]")
 
 
-# ---------------------------------------------------------------- network
+class NoisyMLP:
+    """Q-network: two hidden ReLU layers, every layer with learned, factorised Gaussian noise (Fortunato et al., 2018).
 
+    A layer computes ``y = x (W + W_sigma * f(e_in)^T f(e_out)) + b + b_sigma * f(e_out)``, f(e) = sign(e) sqrt(|e|).
+    W and b are one (inputs + 1, outputs) matrix, b its last row, and all layers lie end to end in one vector of P
+    numbers: `parameters` is (2, P), the means and the sigmas, and a noisy network is ``mean + sigma * noise``.
 
-class NoisyLinear(nn.Module):
-    """Linear layer with learned, factorised Gaussian noise on its parameters (Fortunato et al., 2018).
+    The output layer's mean starts at zero. Q is then f(e_out) times something that both actions share, so that a
+    fresh draw makes the greedy action of the untrained network a fair coin, whatever is observed.
 
-    ``y = (W + W_sigma * f(e_out) f(e_in)^T) x + b + b_sigma * f(e_out)`` with ``f(e) = sign(e) sqrt(|e|)``.
-    The caller draws f(e), so that one call draws it for all layers; without it the layer is ``W x + b``.
+    numpy and a gradient by hand: at this size autograd costs five times the arithmetic. A test checks it against torch.
     """
 
-    def __init__(self, inputs: int, outputs: int, sigma: float) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
-        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), sigma * bound))
-        self.bias_sigma = nn.Parameter(torch.full((outputs,), sigma * bound))
+    def __init__(self, n_features: int, hidden: int, sigma: float, rng: np.random.Generator) -> None:
+        sizes = (n_features, hidden, hidden, 2)
+        self.shapes = [(inputs + 1, outputs) for inputs, outputs in pairwise(sizes)]
+        ends = np.cumsum([0, *(rows * outputs for rows, outputs in self.shapes)]).tolist()
+        self.places = [slice(begin, end) for begin, end in pairwise(ends)]
+        self.parameters = np.zeros((2, ends[-1]), np.float32)
+        means, sigmas = (self.layers(vector) for vector in self.parameters)
+        for inputs, mean, deviation in zip(sizes, means, sigmas, strict=False):
+            mean[:] = rng.uniform(-1, 1, mean.shape) / math.sqrt(inputs)
+            deviation[:] = sigma / math.sqrt(inputs)
+        means[-1][:] = 0
 
-    def forward(self, x: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: (B, inputs), noise: f(e_in) (inputs,) and f(e_out) (outputs,) -> (B, outputs)."""
-        if noise is None:
-            return F.linear(x, self.weight, self.bias)
-        noise_in, noise_out = noise
-        weight = torch.addcmul(self.weight, self.weight_sigma, noise_out[:, None] * noise_in)
-        return F.linear(x, weight, torch.addcmul(self.bias, self.bias_sigma, noise_out))
+    def layers(self, vector: np.ndarray) -> list[np.ndarray]:
+        """The matrices (inputs + 1, outputs) that lie in a vector of P numbers, as views of it."""
+        return [vector[place].reshape(shape) for place, shape in zip(self.places, self.shapes, strict=True)]
 
-
-class QNetwork(nn.Module):
-    """Normalised observations -> Q(continue), Q(exit): two hidden layers, every layer noisy."""
-
-    def __init__(self, n_features: int, hidden: int, sigma: float) -> None:
-        super().__init__()
-        sizes = list(pairwise((n_features, hidden, hidden, 2)))
-        self.layers = nn.ModuleList(NoisyLinear(inputs, outputs, sigma) for inputs, outputs in sizes)
-        self.noise_sizes = [size for pair in sizes for size in pair]  # in, out, in, out, ...
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("std", torch.ones(n_features))
-
-    def sample_noise(self) -> tuple[Tensor, ...]:
-        """f(e) for the inputs and outputs of every layer, from one draw."""
-        noise = torch.randn(sum(self.noise_sizes))
-        return (noise.sign() * noise.abs().sqrt()).split(self.noise_sizes)
-
-    def forward(self, observations: Tensor, noise: tuple[Tensor, ...] | None = None) -> Tensor:
-        """(B, n_features) -> (B, 2). Without noise: the mean network, which is what a policy keeps."""
-        x = (observations - self.mean) / self.std
-        for i, layer in enumerate(self.layers):
-            x = F.relu(x) if i else x
-            x = layer(x, None if noise is None else (noise[2 * i], noise[2 * i + 1]))
-        return x
-
-    def set_normaliser(self, observations: np.ndarray) -> None:
-        """Normalise by the mean and deviation of these observations (N, n_features); constant ones are kept."""
-        std = observations.std(axis=0, dtype=np.float64)
-        self.mean.copy_(torch.from_numpy(observations.mean(axis=0, dtype=np.float64)))
-        self.std.copy_(torch.from_numpy(np.where(std > 1e-6, std, 1.0)))
+    def noise(self, rng: np.random.Generator) -> np.ndarray:
+        """(P,) factorised noise: f(e_in) f(e_out) for weights, f(e_out) for biases."""
+        draw = rng.standard_normal(sum(map(sum, self.shapes)), np.float32)
+        draw = np.sign(draw) * np.sqrt(np.abs(draw))
+        noise, used = np.empty_like(self.parameters[0]), 0
+        for layer in self.layers(noise):
+            rows, outputs = layer.shape
+            e_in, e_out = draw[used : used + rows], draw[used + rows : used + rows + outputs]
+            e_in[-1] = 1  # the bias
+            np.multiply.outer(e_in, e_out, out=layer)
+            used += rows + outputs
+        return noise
 
 
-# ---------------------------------------------------------------- targets and replay
+def forward(layers: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(B, F) -> Q-values (B, 2), and the input (B, inputs) of every layer."""
+    inputs = []
+    for i, layer in enumerate(layers):
+        x = np.maximum(x, 0) if i else x
+        inputs.append(x)
+        x = x @ layer[:-1] + layer[-1]
+    return x, inputs
+
+
+def backward(
+    layers: list[np.ndarray], inputs: list[np.ndarray], delta: np.ndarray, gradients: list[np.ndarray]
+) -> None:
+    """Write the gradient of every layer, given the inputs from `forward` and delta (B, 2), the gradient of Q."""
+    for layer, x, gradient in zip(layers[::-1], inputs[::-1], gradients[::-1], strict=True):
+        np.matmul(x.T, delta, out=gradient[:-1])
+        delta.sum(axis=0, out=gradient[-1])
+        delta = (delta @ layer[:-1].T) * (x > 0)
+
+
+class Adam:
+    """Adam (Kingma and Ba, 2014) on one array, in place."""
+
+    def __init__(self, parameters: np.ndarray, learning_rate: float) -> None:
+        self.parameters, self.learning_rate, self.steps = parameters, learning_rate, 0
+        self.m, self.v = np.zeros_like(parameters), np.zeros_like(parameters)
+
+    def step(self, gradient: np.ndarray) -> None:
+        self.steps += 1
+        self.m += 0.1 * (gradient - self.m)
+        self.v += 0.001 * (gradient * gradient - self.v)
+        rate, v_hat = self.learning_rate / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
+        self.parameters -= rate * self.m / (np.sqrt(v_hat) + 1e-8)
 
 
 def n_step_targets(
@@ -169,13 +168,15 @@ def n_step_targets(
     return returns.astype(np.float32), factor.astype(np.float32), last
 
 
-def transitions(data: Mapping[str, np.ndarray], columns: list[int], n: int, gamma: float) -> dict[str, np.ndarray]:
-    """n-step transitions of whole episodes, from the arrays of a trajectory file; columns: features observed."""
-    observations = data["observations"][:, columns]  # (T, F)
+def transitions(
+    data: Trajectories | Mapping[str, np.ndarray], observe: Callable[[np.ndarray], np.ndarray], n: int, gamma: float
+) -> dict[str, np.ndarray]:
+    """n-step transitions of whole episodes, arrays as in a trajectory file; observe: what the network sees of them."""
+    observations = observe(data["observations"])  # (T, F)
     ends = np.zeros(len(observations), bool)
     ends[[*data["episode_starts"][1:].astype(np.int64) - 1, -1]] = True
     next_observations = np.roll(observations, -1, axis=0)
-    next_observations[ends] = data["final_observations"][:, columns]
+    next_observations[ends] = observe(data["final_observations"])
     discounts = np.where(data["terminals"], 0.0, data["discount"])
     returns, factor, last = n_step_targets(data["rewards"], discounts, ends, n, gamma)
     return {
@@ -188,20 +189,15 @@ def transitions(data: Mapping[str, np.ndarray], columns: list[int], n: int, gamm
 
 
 class ReplayBuffer:
-    """A ring of n-step transitions."""
+    """A ring of transitions, holding those of `batch` to begin with (at most `capacity`)."""
 
-    def __init__(self, capacity: int, n_features: int) -> None:
-        self.arrays = {
-            "observations": np.zeros((capacity, n_features), np.float32),
-            "actions": np.zeros(capacity, np.int64),
-            "returns": np.zeros(capacity, np.float32),
-            "factor": np.zeros(capacity, np.float32),
-            "next_observations": np.zeros((capacity, n_features), np.float32),
-        }
+    def __init__(self, capacity: int, batch: Mapping[str, np.ndarray]) -> None:
+        self.arrays = {name: np.zeros((capacity, *a.shape[1:]), a.dtype) for name, a in batch.items()}
         self.capacity, self.size, self.position = capacity, 0, 0
+        self.add(batch)
 
     def add(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Append transitions (at most `capacity` at once), overwriting the oldest."""
+        """Append transitions, overwriting the oldest."""
         count = len(batch["actions"])
         slots = (self.position + np.arange(count)) % self.capacity
         for name, array in self.arrays.items():
@@ -209,184 +205,226 @@ class ReplayBuffer:
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
-    def sample(self, count: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def sample(self, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         rows = rng.integers(self.size, size=count)
-        return {name: torch.from_numpy(array[rows]) for name, array in self.arrays.items()}
+        return {name: array[rows] for name, array in self.arrays.items()}
 
 
-# ---------------------------------------------------------------- learning
+def td_gradient(
+    network: NoisyMLP, target: np.ndarray, batch: Mapping[str, np.ndarray], noise: np.ndarray, target_noise: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Mean squared n-step TD error (section 3.2), and its gradient (2, P) by the means and the sigmas.
 
-
-def td_loss(network: QNetwork, target: QNetwork, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean squared n-step TD error; the target network picks and values the greedy action (section 3.2)."""
-    with torch.no_grad():
-        next_values = target(batch["next_observations"], target.sample_noise()).amax(dim=1)  # (B,)
-        goals = batch["returns"] + batch["factor"] * next_values
-    values = network(batch["observations"], network.sample_noise())  # (B, 2)
-    return F.mse_loss(values.gather(1, batch["actions"][:, None])[:, 0], goals)
+    target: (2, P) the target network's parameters; it picks and values the greedy action of the state reached.
+    """
+    next_q, _ = forward(network.layers(target[0] + target[1] * target_noise), batch["next_observations"])
+    goals = batch["returns"] + batch["factor"] * next_q.max(axis=1)  # (B,)
+    layers = network.layers(network.parameters[0] + network.parameters[1] * noise)
+    q, inputs = forward(layers, batch["observations"])
+    taken = np.arange(len(q)), batch["actions"]
+    errors = q[taken] - goals
+    delta = np.zeros_like(q)
+    delta[taken] = 2 / len(q) * errors
+    gradient = np.empty_like(network.parameters)
+    backward(layers, inputs, delta, network.layers(gradient[0]))
+    np.multiply(gradient[0], noise, out=gradient[1])  # parameters = mean + sigma * noise
+    return float(np.mean(errors**2)), gradient
 
 
 class Learner:
-    """Network, target network, optimiser and replay buffer: acts, and updates from replay."""
+    """Network, target network, optimiser and replay buffer: acts, and updates from replay.
 
-    def __init__(self, args: Args, n_features: int) -> None:
-        torch.manual_seed(args.seed)
-        self.args, self.rng, self.updates = args, np.random.default_rng(args.seed), 0
-        self.network = QNetwork(n_features, args.hidden, args.sigma)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=args.learning_rate, fused=True)
-
-    def learn_from(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Start learning: the normaliser, the buffer and the target network from the first transitions."""
-        observations = batch["observations"]
-        self.network.set_normaliser(observations)
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.buffer = ReplayBuffer(max(self.args.buffer_size, len(observations)), observations.shape[1])
-        self.buffer.add(batch)
-
-    @torch.no_grad()
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Greedy actions (N,) of one draw of the noisy network."""
-        with one_thread():
-            values = self.network(torch.from_numpy(observations), self.network.sample_noise())
-            return values.argmax(dim=1).numpy()
-
-    def update(self, count: int) -> list[float]:
-        """`count` gradient steps; returns their losses."""
-        losses = []
-        with one_thread():
-            for _ in range(count):
-                loss = td_loss(self.network, self.target, self.buffer.sample(self.args.batch_size, self.rng))
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                self.updates += 1
-                if self.updates % self.args.target_every == 0:
-                    self.target.load_state_dict(self.network.state_dict())
-                losses.append(loss.item())
-        return losses
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors of 64 numbers gain nothing from threads, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------- playing
-
-
-def play(
-    envs: VectorEnv, act: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int, logprob: float = math.nan
-) -> Iterator[list[Episode]]:
-    """Play, yielding after every step of all environments the episodes that it finished.
-
-    The first `episodes` to *start* are the ones reported, so that short ones are not favoured. `act` maps all
-    features (N, F) to actions (N,); logprob: what to log as the log-probability of every action.
+    available: names of all features that observations come with; `args.features` selects among them.
     """
-    observations, infos = envs.reset(seed=seed)
-    started = envs.num_envs
-    number = np.arange(started)  # of the episode that each environment plays
-    rows: list[list[dict[str, Any]]] = [[] for _ in number]
-    remaining = episodes
-    while remaining:
-        actions = act(observations)
-        next_observations, rewards, terminals, timeouts, next_infos = envs.step(actions)
-        done = terminals | timeouts
-        finished = []
-        for i in np.flatnonzero(number < episodes):
-            outcome = next_infos["final_info"] if done[i] else next_infos
-            exited = "_accepted" in outcome and bool(outcome["_accepted"][i])
-            rows[i].append(
-                {
-                    "observations": observations[i],
-                    "actions": actions[i],
-                    "rewards": rewards[i],
-                    "terminals": terminals[i],
-                    "timeouts": timeouts[i] and not terminals[i],
-                    "discount": outcome["discount"][i],
-                    "layer": infos["layer"][i],
-                    "phase": 1,
-                    "token_index": infos["token_index"][i],
-                    "prompt_id": infos["prompt_id"][i],
-                    "accepted": int(outcome["accepted"][i]) if exited else -1,
-                    "forced": outcome["forced"][i],
-                    "behaviour_logprob": logprob,
-                    "cost": outcome["cost"][i],
-                }
-            )
-            if done[i]:
-                columns = {name: np.array([row[name] for row in rows[i]]) for name in rows[i][0]}
-                finished.append(Episode(**columns, final_observation=next_infos["final_obs"][i]))
-        for i in np.flatnonzero(done):
-            rows[i], number[i] = [], started
-            started += 1
-        remaining -= len(finished)
-        observations, infos = next_observations, next_infos
-        yield finished
+
+    def __init__(self, args: Args, available: Sequence[str], mdp: str) -> None:
+        self.args, self.rng = args, np.random.default_rng(args.seed)
+        self.features = select_features(args.features, mdp)
+        self.columns = [available.index(name) for name in self.features]
+        self.mean, self.std = np.zeros(len(self.columns), np.float32), np.ones(len(self.columns), np.float32)
+        self.network = NoisyMLP(len(self.columns), args.hidden, args.sigma, self.rng)
+        self.optimizer = Adam(self.network.parameters, args.learning_rate)
+        self.buffer: ReplayBuffer | None = None  # none before `start`
+        self.steps, self.updates = 0, 0  # since `start`
+        self.losses: deque[float] = deque(maxlen=args.target_every)  # the newest
+
+    def start(self, data: Trajectories) -> None:
+        """From logged trajectories take the normaliser and the buffer's first content; make the target network."""
+        logged = data["observations"][:, self.columns].astype(np.float64)
+        std = logged.std(axis=0)
+        self.mean, self.std = (a.astype(np.float32) for a in (logged.mean(axis=0), np.where(std > 1e-6, std, 1)))
+        batch = transitions(data, self.observe, self.args.n_step, self.args.gamma)
+        self.buffer = ReplayBuffer(max(self.args.buffer_size, len(logged)), batch)
+        self.target = self.network.parameters.copy()
+
+    def observe(self, observations: np.ndarray) -> np.ndarray:
+        """(N, all features) -> (N, F) what the network sees: the selected ones, normalised."""
+        return (observations[:, self.columns] - self.mean) / self.std
+
+    def remember(self, episode: Episode) -> None:
+        """Put a finished episode into the buffer."""
+        ends = {"episode_starts": np.zeros(1, int), "final_observations": episode.final_observation[None]}
+        self.buffer.add(transitions(vars(episode) | ends, self.observe, self.args.n_step, self.args.gamma))
+
+    def act(self, observations: np.ndarray, numbers: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy actions of one draw of the noisy network, as `lede_env.recording.play` asks for them.
+
+        Their log-probability is known before `start` (see `NoisyMLP`). After it, the updates due come first.
+        """
+        logprob = math.log(0.5)
+        if self.buffer is not None:
+            logprob = math.nan
+            self.steps += int((numbers >= 0).sum())  # environments with an episode to play
+            self.update(self.steps // self.args.update_every - self.updates)
+        mean, sigma = self.network.parameters
+        layers = self.network.layers(mean + sigma * self.network.noise(self.rng))
+        q, _ = forward(layers, self.observe(observations))
+        return q.argmax(axis=1), np.full(len(q), logprob)
+
+    def update(self, count: int) -> None:
+        """`count` gradient steps on replayed transitions."""
+        for _ in range(count):
+            batch = self.buffer.sample(self.args.batch_size, self.rng)
+            noise, target_noise = self.network.noise(self.rng), self.network.noise(self.rng)
+            loss, gradient = td_gradient(self.network, self.target, batch, noise, target_noise)
+            self.optimizer.step(gradient)
+            self.losses.append(loss)
+            self.updates += 1
+            if self.updates % self.args.target_every == 0:
+                self.target[:] = self.network.parameters
 
 
 def episode_metrics(episode: Episode) -> dict[str, float]:
     """Undiscounted return, tokens, acceptance rate and mean exit layer of one prompt's continuation."""
-    exits = episode.accepted >= 0
+    exits = episode.accepted >= 0  # at least one: a prompt ends with a token's exit
     return {
         "return": float(episode.rewards.sum()),
         "tokens": int(exits.sum()),
-        "acceptance": float(episode.accepted[exits].mean()) if exits.any() else math.nan,
-        "exit_layer": float(episode.layer[exits].mean()) if exits.any() else math.nan,
+        "acceptance": float(episode.accepted[exits].mean()),
+        "exit_layer": float(episode.layer[exits].mean()),
     }
-
-
-# ---------------------------------------------------------------- training
 
 
 @dataclass
 class TrainResult:
-    """What a run leaves: the policy (also in `out`/policy) and one row of numbers an episode (history.csv)."""
+    """What a run leaves: the policy (also in `out`/policy) and the history (also in `out`/history.csv).
+
+    A row of history is an episode: episode, phase ("explore" | "online"), return, tokens, acceptance, exit_layer,
+    updates, and online also loss; offline (phase "offline") it is a block of updates, with the loss alone.
+    """
 
     policy: MLPPolicy
     history: list[dict[str, Any]]
 
 
-def describe(envs: VectorEnv) -> dict[str, Any]:
-    """What a policy must know of the model and the MDP it was trained on."""
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise LedeError(
-            f"{envs} has autoreset mode {envs.metadata.get('autoreset_mode')}; learning needs SAME_STEP"
-        )
-    env = envs.unwrapped
-    names = ("mdp", "candidate_layers", "n_layers", "model_fingerprint", "model_name")
-    return {name: getattr(env, name) for name in names}
+def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
+    """Run the stages and save the policy; `progress` is called with every row of the history."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    history: list[dict[str, Any]] = []
+    board = summary_writer(args.out / "tensorboard")
+    curves = ("return", "acceptance", "exit_layer", "loss")
+    with (args.out / "history.csv").open("w", newline="", buffering=1) as file:
+        table = csv.DictWriter(file, ("episode", "phase", "tokens", *curves, "updates"))
+        table.writeheader()
+
+        def log(**row: Any) -> None:
+            row = {"episode": len(history), **row}
+            history.append(row)
+            table.writerow(row)
+            if board:
+                for name in row.keys() & set(curves):
+                    board.add_scalar(name, row[name], row["episode"])
+            if progress:
+                progress(row)
+
+        learner, attributes = (learn_offline if args.offline else learn_online)(args, log)
+    if board:
+        board.close()
+    policy = export_policy(learner, attributes)
+    policy.save(args.out / "policy")
+    return TrainResult(policy, history)
 
 
-class Run:
-    """The stages of one run, which share a learner, a history and an output folder."""
+def summary_writer(folder: Path) -> Any:
+    """TensorBoard's writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
 
-    def __init__(self, args: Args, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self.args, self.progress = args, progress
-        self.history: list[dict[str, Any]] = []
-        self.steps = 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.scalars = summary_writer(args.out / "tensorboard")
 
-    def log(self, phase: str, metrics: Mapping[str, float], losses: list[float]) -> None:
-        """One row of history: an episode, or a block of offline updates."""
-        row = {"episode": len(self.history), "phase": phase, "steps": self.steps, "updates": self.learner.updates}
-        row |= metrics | {"loss": float(np.mean(losses)) if losses else math.nan}
-        self.history.append(row)
-        if self.scalars:
-            for name in ("return", "acceptance", "exit_layer", "loss"):
-                if not math.isnan(row[name]):
-                    self.scalars.add_scalar(f"{phase}/{name}", row[name], row["episode"])
-        if self.progress:
-            self.progress(row)
+def learn_offline(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
+    """Learn from `args.offline` alone; returns the learner and the file's attributes."""
+    data = read_trajectories(args.offline)
+    learner = Learner(args, data.attributes["features"], data.attributes["mdp"])
+    learner.start(data)
+    while learner.updates < args.offline_updates:
+        learner.update(min(args.target_every, args.offline_updates - learner.updates))
+        log(phase="offline", loss=float(np.mean(learner.losses)), updates=learner.updates)
+    return learner, data.attributes
 
-    def explore(self, envs: VectorEnv, description: Mapping[str, Any]) -> Path:
-        """Log `exploration_episodes` to exploration.h5."""
-        args, rng = self.args, np.random.default_rng(self.args.seed)
-        path = args.out / "exploration.h5"
-        path.unlink(missing_ok=True)
+
+def learn_online(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
+    """Explore into `out`/exploration.h5, then learn from it and from further play (the paper's schedule)."""
+    envs = make_player_envs(args.env_id, args.num_envs, **args.env_kwargs)
+    try:
+        attributes = run_attributes(envs, env_id=args.env_id, seed=args.seed, policy="untrained noisy network")
+        core, path = envs.unwrapped, args.out / "exploration.h5"
+        learner = Learner(args, core.features, attributes["mdp"])
+        path.unlink(missing_ok=True)  # the previous run's
+        with TrajectoryWriter(path, attributes, core.prompt_ids, core.features) as writer:
+            for _, episode in play(envs, learner.act, range(args.exploration_episodes), args.seed):
+                writer.append(episode)
+                log(phase="explore", **episode_metrics(episode), updates=0)
+        learner.start(read_trajectories(path))
+        numbers = args.exploration_episodes + np.arange(args.online_episodes)
+        for _, episode in play(envs, learner.act, numbers, args.seed):
+            learner.remember(episode)
+            loss = float(np.mean(learner.losses or math.nan))
+            log(phase="online", **episode_metrics(episode), loss=loss, updates=learner.updates)
+    finally:
+        envs.close()
+    return learner, attributes
+
+
+def export_policy(learner: Learner, attributes: Mapping[str, Any]) -> MLPPolicy:
+    """The mean network as a policy; attributes: those of the trajectories it learned from."""
+    layers = learner.network.layers(learner.network.parameters[0])
+    settings = {name: value for name, value in asdict(learner.args).items() if name not in ("out", "offline")}
+    return MLPPolicy(
+        weights=tuple(layer[:-1].T.copy() for layer in layers),
+        biases=tuple(layer[-1].copy() for layer in layers),
+        mean=learner.mean,
+        std=learner.std,
+        features=learner.features,
+        candidate_layers=tuple(attributes["candidate_layers"]),
+        **{name: attributes[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name")},
+        training={"agent": "nstep_dqn", "updates": learner.updates, "args": settings},
+    )
+
+
+def main() -> None:
+    """Train from the command line, with a progress bar."""
+    import tyro
+    from rich.progress import Progress
+
+    args = tyro.cli(Args)
+    total = args.offline_updates if args.offline else args.exploration_episodes + args.online_episodes
+    with Progress() as bar:
+        task = bar.add_task("start", total=total)
+
+        def show(row: dict[str, Any]) -> None:
+            text = "  ".join(f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float))
+            done = row["updates"] if args.offline else row["episode"] + 1
+            bar.update(task, completed=done, description=f"{row['phase']}: {text}")
+
+        try:
+            train(args, show)
+        except LedeError as error:
+            raise SystemExit(f"error: {error}") from None
+    print(f"policy: {args.out / 'policy'}, history: {args.out / 'history.csv'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@
 
 from importlib import import_module
 
+from lede_env.registration import register_all
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it, resolved on first use (PEP 562).
@@ -30,3 +32,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+register_all()

@@ -25,7 +25,10 @@ SHIPPED = {"tiny": Path(__file__).parent / "models" / "tiny" / "policy"}
 class ExitPolicy(Protocol):
     """A rule that decides, from named features at a candidate layer, whether to exit."""
 
-    features: tuple[str, ...]  # what it observes, by name, in this order
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it observes, by name, in this order."""
+        ...
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         """(N, len(features)) float32 -> (N,) probability of `EXIT`, in [0, 1]."""
@@ -132,17 +135,31 @@ class MLPPolicy:
         shapes = [weight.shape for weight in self.weights]
         expected = [(outputs, inputs) for inputs, outputs in itertools.pairwise(sizes)]
         if shapes != expected or sizes[-1] != 2:
-            raise LedeError(
-                f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs"
-            )
+            raise LedeError(f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs")
         if self.mean.shape != (sizes[0],) or self.std.shape != (sizes[0],) or not (self.std > 0).all():
             raise LedeError(f"MLPPolicy needs a mean and a positive std for each of {self.features}")
         if self.mdp not in ("exit", "draft"):
             raise LedeError(f"MLPPolicy mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
         if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases, self.mean, self.std)):
-            raise LedeError(
-                "MLPPolicy has a weight or a normaliser that is not finite; its training diverged"
-            )
+            raise LedeError("MLPPolicy has a weight or a normaliser that is not finite; its training diverged")
+
+    @classmethod
+    def random(cls, features: Sequence[str], hidden: Sequence[int] = (64, 64), seed: int = 0) -> MLPPolicy:
+        """Untrained, for no model in particular: to time a policy, or to test what takes one."""
+        rng = np.random.default_rng(seed)
+        sizes = list(itertools.pairwise((len(features), *hidden, 2)))
+        return cls(
+            weights=tuple(rng.normal(0, m**-0.5, size=(n, m)).astype(np.float32) for m, n in sizes),
+            biases=tuple(np.zeros(n, np.float32) for _, n in sizes),
+            mean=np.zeros(len(features), np.float32),
+            std=np.ones(len(features), np.float32),
+            features=tuple(features),
+            mdp="exit",
+            candidate_layers=(),
+            n_layers=0,
+            model_fingerprint="",
+            model_name="",
+        )
 
     def q_values(self, observations: np.ndarray) -> np.ndarray:
         """(N, F) -> (N, 2) values of `CONTINUE` and `EXIT`."""
@@ -198,7 +215,8 @@ def load_policy(path: str | Path) -> MLPPolicy:
         if not file.is_file():
             raise LedeError(
                 f"no policy at {str(path)!r}: {file} is missing; give a folder with policy.json and "
-                f"policy.safetensors, the .safetensors file, or one of {sorted(SHIPPED)}"
+                f"policy.safetensors, the .safetensors file, or one of {sorted(SHIPPED)}; "
+                "on a command line also random or static:LAYER"
             )
     card = _read_card(card_file)
     try:
@@ -222,7 +240,7 @@ def load_policy(path: str | Path) -> MLPPolicy:
 
 
 # What this version can run; state_reset belongs to recurrent kinds.
-_SUPPORTED = {
+_SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
     "kind": ["mlp"],
     "activation": ["relu"],
@@ -258,7 +276,7 @@ def _read_layers(file: Path, sizes: Sequence[int]) -> tuple[tuple[np.ndarray, ..
         raise LedeError(
             f"{file} is not a readable safetensors file ({error}), perhaps cut short; copy or export it again"
         ) from error
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         expected |= {f"layers.{i}.weight": (outputs, inputs), f"layers.{i}.bias": (outputs,)}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -301,15 +319,13 @@ def check_compatible(
             f"the policy was trained for {policy.model_name!r} (fingerprint {policy.model_fingerprint}), but "
             f"this model has fingerprint {fingerprint}; load that model or train a policy for this one"
         )
-    if policy.candidate_layers != tuple(candidate_layers):
+    if list(policy.candidate_layers) != list(candidate_layers):
         raise LedeError(
             f"the policy was trained with candidate layers {policy.candidate_layers}, but they are "
             f"{tuple(candidate_layers)} here; pass candidate_layers={policy.candidate_layers} or train again"
         )
     if policy.mdp != mdp and (policy.mdp, mdp) != ("exit", "draft"):
-        raise LedeError(
-            f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it"
-        )
+        raise LedeError(f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it")
 
 
 def parse_policy(text: str, n_layers: int, candidates: Sequence[int]) -> ExitPolicy:

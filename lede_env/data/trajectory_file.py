@@ -3,40 +3,39 @@
 How rows align, for two episodes of 3 and 1 decisions (N = 4 rows, E = 2 episodes):
 
     row i                0        1        2     |  3
-    observations[i]      o0       o1       o2    |  o3         what the agent saw
-    actions[i]           a0       a1       a2    |  a3         what it did there
-    rewards[i]           r0       r1       r2    |  r3         what that paid
-    next observation     o1       o2       f0    |  f1         observations[i + 1] inside an episode, else
-    final_observations                     f0    |  f1         final_observations[e], seen after the last row
-    terminals[i]         0        0        1     |  0          the episode ended by itself
-    timeouts[i]          0        0        0     |  1          it was cut; of the two, exactly one ends each
-    discount[i]          1        0        1 / 0 |  1 / 0      0 where a token exits: no bootstrap across tokens
+    observations[i]      o0       o1       o2    |  o3       what the agent saw
+    actions[i]           a0       a1       a2    |  a3       what it did there
+    rewards[i]           r0       r1       r2    |  r3       what that paid
+    next observation     o1       o2       f0    |  f1       observations[i + 1] inside an episode, else
+    final_observations                     f0    |  f1       final_observations[e], seen after its last row
+    terminals[i]         0        0        1     |  0        the episode ended by itself
+    timeouts[i]          0        0        0     |  1        it was cut; exactly one of them ends each
+    discount[i]          1        0        0     |  1        0 where a token exits (draft MDP: at each
+                                                             verification): no bootstrap past it
     episode_starts       0 (episode 0)           |  3 (episode 1)
 
-Why a kill at any moment loses nothing. HDF5 rewrites a chunked dataset's index in place as the dataset grows,
-in several writes: a kill between them, at a split of the index (every 64th chunk), loses *committed* rows.
-(Replaying every prefix of the writes of such a file shows it; random kills rarely hit it.) So here nothing but
-raw data is written to a file that exists:
+Why a kill at any moment loses nothing. HDF5 rewrites the index of a growing chunked dataset in place, by
+several writes; a kill between them, when the index splits (every 64th chunk), loses *committed* rows.
+Random kills rarely hit that; replaying every prefix of the writes does. So here a file that exists is given
+raw data and nothing else:
 
-- The columns are contiguous datasets with room reserved for more rows than there are (a sparse file: `ls` shows
-  the room, `du` what is used). Rows go beyond the committed ones by plain `pwrite`, in blocks of whole episodes;
-  then a flush; then the 16 bytes of `committed` = [rows, episodes], in one write inside one page. No committed
-  byte and no metadata is ever overwritten. What lies behind the count is invisible, and is overwritten on resume.
-- Everything else (creation, more room, cutting spare room on close, compression) builds a whole new file beside
-  the old one and renames it into place: readers find the old file or the new one. Resuming a closed or compressed
-  file is "more room". Room doubles, so a row is copied once or twice in all.
+- Columns are contiguous, with room reserved for more rows than there are (a sparse file: `ls` shows the
+  room, `du` what is used). Blocks of whole episodes go behind the committed rows by `pwrite`; then a flush;
+  then the 16 bytes of `committed` = [rows, episodes], in one write inside one page. No committed row and no
+  metadata is ever overwritten. Whatever lies behind the count is invisible, and the next writer overwrites
+  it.
+- All else (creation, more room, cutting spare room on close, compression) builds a whole file beside the
+  old one and renames it into place: a reader finds the old file or the new one. To resume a closed or
+  compressed file is just to need more room. Room doubles, so a row is copied two or three times in all.
 
-A writer therefore holds no open HDF5 file: a full disk is a plain OSError, and any reader may open the file
-beside it. Writers exclude each other by a lock on `FILE.lock`, which the system drops when a process dies.
+So a writer holds no HDF5 file open: a full disk is a plain OSError, and anyone may read beside it. Writers
+exclude each other by a lock on `FILE.lock`, which the system drops when a process dies.
 """
 
-import fcntl
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,42 +43,34 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lede_env.data.trajectory_layout import (
+    COLUMNS,
+    COMMITTED,
+    TABLES,
+    RowFile,
+    build,
+    checked_prompt_ids,
+    committed,
+    decode_attributes,
+    disk_errors,
+    encode_attributes,
+    lock,
+    locked,
+    open_checked,
+    read_errors,
+    read_prompt_ids,
+    shape_of,
+    temporary,
+    unlock,
+)
 from lede_env.errors import LedeError
 
-FORMAT = "lede-trajectories"
-FORMAT_VERSION = 1
-
-# Row columns. F features; little-endian on disk whatever the host.
-COLUMNS: dict[str, np.dtype] = {
-    "observations": np.dtype("<f4"),  # (N, F), all features of the MDP
-    "actions": np.dtype("u1"),  # (N,) 0 continue, 1 exit
-    "rewards": np.dtype("<f4"),
-    "terminals": np.dtype("bool"),
-    "timeouts": np.dtype("bool"),
-    "discount": np.dtype("<f4"),  # 0 at a token's exit (draft MDP: at a verification), else 1
-    "layer": np.dtype("u1"),  # layers run when the decision was made
-    "phase": np.dtype("u1"),
-    "token_index": np.dtype("<u4"),
-    "prompt_id": np.dtype("<u4"),  # index into prompt_ids
-    "accepted": np.dtype("i1"),  # 1 or 0 at an exit, -1 elsewhere
-    "forced": np.dtype("bool"),  # the action had no effect (last candidate)
-    "behaviour_logprob": np.dtype("<f4"),  # log-probability of the action under the policy that acted, nats
-    "cost": np.dtype("<f4"),  # in autoregressive steps
-}
-# Episode tables.
-TABLES: dict[str, np.dtype] = {
-    "episode_starts": np.dtype("<u8"),  # (E,) first row of each
-    "final_observations": np.dtype("<f4"),  # (E, F)
-}
-_FEATURE_WIDE = ("observations", "final_observations")
-_MIN_CHUNKS = 64  # the least room made, in blocks of chunk_rows
-_COMPRESSED_ROWS = 16_384  # rows a compressed chunk; a divisor of _COPY_ROWS keeps copies aligned to chunks
-_COPY_ROWS = 1 << 20
+MIN_CHUNKS = 64  # the least room made, in blocks of chunk_rows
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode of T >= 1 rows; every field but the last is (T,), observations (T, F). Dtypes as COLUMNS."""
+    """One episode of T >= 1 rows: columns (T,), observations (T, F), with the dtypes of COLUMNS."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -125,8 +116,8 @@ class TrajectoryWriter:
 
     Args:
         path: the file; missing folders are made.
-        attributes: what identifies the run (environment spec and its hash, model fingerprint, seed, versions...),
-            JSON-able. Resuming demands equality in every one, so leave out what may change (dates, targets).
+        attributes: what identifies the run (environment spec and hash, model fingerprint, seed, versions...),
+            JSON-able. Resuming demands that all are equal: leave out what may change (dates, targets).
         prompt_ids: the strings that the column `prompt_id` indexes.
         features: names of the observation's columns, in order.
         resume: go on with an existing file (or start one). `episodes` says where: the next episode's number.
@@ -146,22 +137,24 @@ class TrajectoryWriter:
         resume: bool = False,
         chunk_rows: int = 4096,
     ):
-        self.path = Path(path)
-        self._header = _encode_attributes(attributes, features)
-        self._prompt_ids = _checked_prompt_ids(prompt_ids)
+        self.path = Path(path).resolve()  # renaming onto a link would replace the link
+        self._header = encode_attributes(attributes, features)
+        self._prompt_ids = checked_prompt_ids(prompt_ids)
         self._n_features = len(features)
+        if not features:
+            raise LedeError("features is empty; expected the names of the observation's columns")
         if chunk_rows < 1:
             raise LedeError(f"chunk_rows is {chunk_rows}; expected at least 1")
         self._chunk_rows = chunk_rows
         self._committed = (0, 0)  # rows, episodes
-        self._rows: _RowFile | None = None
+        self._rows: RowFile | None = None
         self._reserve_buffer(chunk_rows)
-        # One (end row in the buffer, final observation) a buffered episode: a single append makes it count, so an
-        # interrupt leaves a whole episode or none.
+        # (end row in the buffer, final observation) of each buffered episode. One append makes an episode
+        # count, so Ctrl-C leaves all of it or nothing.
         self._pending: list[tuple[int, np.ndarray]] = []
-        with _disk_errors(self.path, 0):
+        with disk_errors(self.path, 0):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = _lock(self.path)
+            self._lock: int | None = lock(self.path)
         try:
             self._start(resume)
         except BaseException:
@@ -170,17 +163,17 @@ class TrajectoryWriter:
 
     def _start(self, resume: bool) -> None:
         if not self.path.exists():
-            room = _MIN_CHUNKS * self._chunk_rows
-            with _disk_errors(self.path, 0):
-                _build(self.path, self._header, self._prompt_ids, self._n_features, (room, room))
+            room = MIN_CHUNKS * self._chunk_rows
+            with disk_errors(self.path, 0):
+                build(self.path, self._header, self._prompt_ids, self._n_features, (room, room))
             return
         if not resume:
             raise LedeError(f"{self.path} exists; go on with it by --resume, or choose another path")
         with suppress(FileNotFoundError):  # what a killed writer was building
-            _temporary(self.path).unlink()
-        with _open(self.path) as file:
+            temporary(self.path).unlink()
+        with open_checked(self.path) as file:
             _check_same_run(self.path, file, self._header, self._prompt_ids)
-            self._committed = _committed(file)
+            self._committed = committed(file)
 
     @property
     def committed_episodes(self) -> int:
@@ -208,22 +201,22 @@ class TrajectoryWriter:
         self._pending.append((begin + n, episode.final_observation.copy()))
 
     def commit(self) -> None:
-        """Writes the buffered episodes, then the count that makes them visible. After an OSError, call again."""
+        """Writes the buffered episodes, then the count that shows them. After an OSError, call it again."""
         if not self._pending:
             return
         n, (first_row, first_episode) = self._buffered_rows, self._committed
         ends = np.array([end for end, _ in self._pending], np.uint64)  # (episodes,) within the buffer
-        committed = (first_row + n, first_episode + len(ends))
-        with _disk_errors(self.path, first_episode):
-            file = self._with_room(committed)
+        counts = (first_row + n, first_episode + len(ends))
+        with disk_errors(self.path, first_episode):
+            file = self._with_room(counts)
             for name, column in self._buffer.items():
                 file.write(name, first_row, column[:n])
             starts = first_row + np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
             file.write("episode_starts", first_episode, starts)
             file.write("final_observations", first_episode, np.stack([final for _, final in self._pending]))
             file.flush()  # the rows reach the disk before the count that shows them
-            file.write("committed", 0, np.array(committed))
-        self._committed, self._pending = committed, []
+            file.write(COMMITTED, 0, np.array(counts))
+        self._committed, self._pending = counts, []
 
     def close(self) -> None:
         """Commits, cuts the spare room off, and lets go of the file."""
@@ -231,7 +224,7 @@ class TrajectoryWriter:
             return
         try:
             self.commit()
-            with _disk_errors(self.path, self.committed_episodes):
+            with disk_errors(self.path, self.committed_episodes):
                 if self._opened().room != self._committed:
                     self._rebuild(self._committed)
         finally:
@@ -253,36 +246,35 @@ class TrajectoryWriter:
 
     def _reserve_buffer(self, rows: int) -> None:
         self._buffer = {
-            name: np.empty(_shape(name, rows, self._n_features), dtype) for name, dtype in COLUMNS.items()
+            name: np.empty(shape_of(name, rows, self._n_features), dtype) for name, dtype in COLUMNS.items()
         }
 
-    def _opened(self) -> "_RowFile":
+    def _opened(self) -> RowFile:
         if self._rows is None:
-            self._rows = _RowFile(self.path)
+            self._rows = RowFile(self.path)
         return self._rows
 
-    def _with_room(self, needed: tuple[int, int]) -> "_RowFile":
+    def _with_room(self, needed: tuple[int, int]) -> RowFile:
         room = self._opened().room
         if needed[0] > room[0] or needed[1] > room[1]:
-            rows = max(*needed, 2 * room[0], _MIN_CHUNKS * self._chunk_rows)
+            rows = max(*needed, 2 * room[0], MIN_CHUNKS * self._chunk_rows)
             self._rebuild((rows, rows))  # an episode has at least one row: room for both
         return self._opened()
 
+    def _let_go(self) -> None:
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            rows.close()
+
     def _rebuild(self, room: tuple[int, int]) -> None:
-        if self._rows is not None:  # let go first: after the rename it would be another file
-            self._rows.close()
-            self._rows = None
-        with _open(self.path) as source:
-            _build(self.path, self._header, self._prompt_ids, self._n_features, room, source)
+        self._let_go()  # first: after the rename its descriptor would belong to the file that was
+        with open_checked(self.path) as source:
+            build(self.path, self._header, self._prompt_ids, self._n_features, room, source)
 
     def _release(self) -> None:
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
+        self._let_go()
         if self._lock is not None:
-            with suppress(OSError):
-                _lock_path(self.path).unlink()  # while still held: see _lock
-            os.close(self._lock)
+            unlock(self.path, self._lock)
             self._lock = None
 
 
@@ -293,41 +285,35 @@ def read_trajectories(path: str | os.PathLike, columns: Sequence[str] | None = N
         columns: which of COLUMNS to load; all by default. Both episode tables always come along.
 
     Raises:
-        LedeError: no such file, not a trajectory file, another format version, truncated or corrupted, or with
-            links, virtual or external storage (which could pull in other files of this machine).
+        LedeError: an unknown column, or a file that `open_checked` refuses.
     """
     path = Path(path)
     names = list(COLUMNS) if columns is None else list(columns)
     for name in names:
         if name not in COLUMNS:
             raise LedeError(f"unknown column {name!r}; a trajectory file has {', '.join(COLUMNS)}")
-    with _open(path) as file, _read_errors(path):
-        rows, episodes = _committed(file)
+    with open_checked(path) as file, read_errors(path):
+        rows, episodes = committed(file)
         arrays = {name: file[name][:rows] for name in names}
         arrays |= {name: file[name][:episodes] for name in TABLES}
         _check_starts(path, arrays["episode_starts"], rows)
-        return Trajectories(arrays, _decode_attributes(file), _read_prompt_ids(file), rows)
+        return Trajectories(arrays, decode_attributes(file), read_prompt_ids(file), rows)
 
 
 def compress(path: str | os.PathLike) -> None:
-    """Rewrites a closed file with gzip and byte shuffling, chunk by aligned chunk, and renames it into place."""
-    path = Path(path)
-    with _open(path):  # say what is wrong with the file before making a lock beside it
-        pass
-    lock = _lock(path)
-    try:
-        with _open(path) as source, _disk_errors(path, _committed(source)[1]):
-            header = {name: str(value) for name, value in source.attrs.items()}
+    """Rewrites a closed file with gzip and byte shuffling, in aligned chunks, and renames it into place."""
+    path = Path(path).resolve()
+    open_checked(path).close()  # say what is wrong with the file before making a lock beside it
+    with locked(path), open_checked(path) as source:
+        counts = committed(source)
+        header = {name: str(value) for name, value in source.attrs.items()}
+        with disk_errors(path, counts[1]):
             n_features = source["observations"].shape[1]
-            _build(path, header, _read_prompt_ids(source), n_features, _committed(source), source, True)
-    finally:
-        with suppress(OSError):
-            _lock_path(path).unlink()
-        os.close(lock)
+            build(path, header, read_prompt_ids(source), n_features, counts, source, compressed=True)
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and little-endian bytes, in the order of names: of data, not files."""
+    """SHA-256 (hex) of data, not files: names in order, with their dtypes, shapes and little-endian bytes."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
@@ -337,3 +323,49 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
         digest.update(f"{name}\0{array.dtype.str}\0{np.shape(arrays[name])}\0".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _check_same_run(path: Path, file: h5py.File, header: Mapping[str, str], prompt_ids: list[str]) -> None:
+    stored = {name: str(value) for name, value in file.attrs.items()}
+    for name in sorted(stored.keys() | header.keys()):
+        old, new = stored.get(name, "absent"), header.get(name, "absent")
+        if old != new:
+            raise LedeError(
+                f"cannot resume {path}: {name} is {old:.200} in the file and {new:.200} now; "
+                "use the same settings, or another path"
+            )
+    old_ids = read_prompt_ids(file)
+    if old_ids != prompt_ids:
+        n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
+        what = (
+            f"{len(old_ids)} in the file and {len(prompt_ids)} now"
+            if n is None
+            else (f"{old_ids[n]!r} in the file and {prompt_ids[n]!r} now at {n}")
+        )
+        raise LedeError(f"cannot resume {path}: prompt_ids differ, {what}; use the same prompts, or another path")
+
+
+def _check_episode(episode: Episode, n_features: int, n_prompts: int) -> None:
+    n = len(episode)
+    if n == 0:
+        raise LedeError("an episode without rows; expected at least one decision")
+    for name, dtype in COLUMNS.items():
+        _check_array(name, getattr(episode, name), (n, n_features) if name == "observations" else (n,), dtype)
+    _check_array("final_observation", episode.final_observation, (n_features,), COLUMNS["observations"])
+    first_end = (episode.terminals | episode.timeouts).argmax()
+    if first_end != n - 1 or episode.terminals[-1] == episode.timeouts[-1]:
+        raise LedeError("an episode ends with its last row and not before, by exactly one of terminals and timeouts")
+    if episode.prompt_id.max() >= n_prompts:
+        raise LedeError(f"prompt_id is {episode.prompt_id.max()}; expected an index into the {n_prompts} prompt_ids")
+
+
+def _check_array(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise LedeError(f"{name} is {found}; expected a numpy array of {dtype} {shape}")
+
+
+def _check_starts(path: Path, starts: np.ndarray, rows: int) -> None:
+    bounds = np.append(starts.astype(np.int64), rows)  # (E + 1,)
+    if bounds[0] != 0 or (np.diff(bounds) <= 0).any():
+        raise LedeError(f"{path}: corrupted: episode_starts do not rise from 0 to below {rows}; make the file again")

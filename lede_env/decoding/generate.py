@@ -122,7 +122,9 @@ def generate(
     prompts, single = _as_batch(prompt)
     rows: list[_Row] = []
     times = _Times()
-    for _ in _decode(lm, prompts, strategy, max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop, rows, times):
+    for _ in _decode(
+        lm, prompts, strategy, max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop, rows, times
+    ):
         pass
     results = [_result(lm, row, strategy or Autoregressive(), times) for row in rows]
     return results[0] if single else results
@@ -133,7 +135,9 @@ def stream(lm: LayeredLM, prompt: str | Sequence[Any], **kwargs: Any) -> Iterato
     prompts, single = _as_batch(prompt)
     if not single:
         raise LedeError(f"stream takes one prompt, got a batch of {len(prompts)}; use generate for a batch")
-    options: dict[str, Any] = dict(temperature=0.0, top_k=0, top_p=1.0, strategy=None, max_new_tokens=128, seed=0, stop=())
+    options: dict[str, Any] = dict(
+        temperature=0.0, top_k=0, top_p=1.0, strategy=None, max_new_tokens=128, seed=0, stop=()
+    )
     unknown = set(kwargs) - set(options)
     if unknown:
         raise LedeError(f"stream has no argument {sorted(unknown)[0]!r}; it takes {', '.join(options)}")
@@ -172,7 +176,16 @@ def _decode(
     if "" in stops:
         raise LedeError("a stop string is empty; it would end every text at once")
     rows += [
-        _make_row(lm, index, prompt, strategy, max_new_tokens, derive_seed(seed, index) if index else seed, stops, streaming)
+        _make_row(
+            lm,
+            index,
+            prompt,
+            strategy,
+            max_new_tokens,
+            derive_seed(seed, index) if index else seed,
+            stops,
+            streaming,
+        )
         for index, prompt in enumerate(prompts)
     ]
     capacity = max(len(row.prompt_ids) + row.budget for row in rows)
@@ -336,7 +349,16 @@ def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Gene
         decode_seconds=times.decode,
     )
     return Generation(
-        text, row.tokens, row.finish_reason, metrics, counts, row.rounds, row.prompt_ids, row.seed, lm.name, strategy.name
+        text,
+        row.tokens,
+        row.finish_reason,
+        metrics,
+        counts,
+        row.rounds,
+        row.prompt_ids,
+        row.seed,
+        lm.name,
+        strategy.name,
     )
 
 

@@ -27,7 +27,14 @@ class KVCache:
     """Keys and values of every layer, allocated once: a (B, kv_heads, capacity, head_dim) tensor each."""
 
     def __init__(
-        self, n_layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device
+        self,
+        n_layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device,
     ):
         shape = (batch, kv_heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]

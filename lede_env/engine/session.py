@@ -37,7 +37,13 @@ class Session:
         self.lm, self.batch, self.capacity, self.width = lm, batch, capacity, width
         # Rows of a batch are padded to the longest open round, so writes may pass the last valid position.
         self.cache = KVCache(
-            geometry.n_layers, batch, geometry.kv_heads, capacity + width, geometry.head_dim, lm.dtype, lm.device
+            geometry.n_layers,
+            batch,
+            geometry.kv_heads,
+            capacity + width,
+            geometry.head_dim,
+            lm.dtype,
+            lm.device,
         )
         self.hidden = torch.zeros(batch, width, geometry.hidden, dtype=lm.dtype, device=lm.device)
         self.lengths = [0] * batch

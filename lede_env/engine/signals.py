@@ -123,9 +123,7 @@ class Signals:
 
     __slots__ = ("_raw", "cap", "layer", "logits", "n_layers", "phase", "position", "trace")
 
-    def __init__(
-        self, logits: Tensor, layer: int, n_layers: int, phase: int, position: int, cap: int, trace: float
-    ):
+    def __init__(self, logits: Tensor, layer: int, n_layers: int, phase: int, position: int, cap: int, trace: float):
         self.logits = logits  # (V,)
         self.layer, self.n_layers = layer, n_layers
         self.phase = phase  # 1 walking for the round's first draft, 2 afterwards

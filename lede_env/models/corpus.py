@@ -1,11 +1,11 @@
 """The training text of the embedded model: Python source from pinned PyPI wheels, and optional prose.
 
-    wheels (corpus_wheels.txt) --download--> *.py --filter, deduplicate, cap--> python.{train,heldout}.txt.xz
+    wheels (corpus_wheels.txt) --download--> *.py --filter, deduplicate--> python.{train,heldout}.txt.xz
     prose.txt.xz ------------------------------------------split-------------> prose.{train,heldout}.txt.xz
-    *.txt.xz --byte-level BPE (tokenizer.json)--> *.{train,heldout}.npy, uint16, each document after <|endoftext|>
+    *.txt.xz --byte-level BPE (tokenizer.json)--> *.{train,heldout}.npy, uint16, <|endoftext|> before each
 
-Every text file holds UTF-8 documents separated by NUL. A document is held out when its SHA-256 is divisible by
-100, so the split depends on the document alone and a rebuilt corpus never trains on what was held out before.
+Every text file holds UTF-8 documents separated by NUL. A document is held out when its SHA-256 is divisible
+by 100, so a rebuilt corpus never trains on what was held out before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import math
 import multiprocessing
 import random
 import re
@@ -43,7 +44,7 @@ PIP_TARGET = ["--python-version=3.11", "--implementation=cp"] + [
     for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
 ]
 PERMISSIVE = re.compile(
-    r"\b(mit|bsd|apache|isc|psf|python software foundation|unlicense|hpnd|0bsd|zpl|zope|public domain)\b|mit-cmu",
+    r"\b(mit|bsd|0bsd|apache|isc|psf|python software foundation|unlicense|hpnd|zpl|zope|public domain)\b",
     re.IGNORECASE,
 )
 RESTRICTIVE = re.compile(
@@ -65,7 +66,7 @@ MIN_BYTES, MAX_BYTES = 400, 200_000  # of a Python file
 MAX_LINE = 400  # characters; longer lines are data
 MAX_DIGITS = 0.15  # share of characters; above it the file is a table
 MAX_NON_ASCII = 0.10
-PACKAGE_BYTES = 8_000_000  # no package contributes more
+PACKAGE_BYTES = 4_000_000  # no package contributes more
 
 
 class Package(NamedTuple):
@@ -101,7 +102,7 @@ def strip_licence_header(text: str) -> str:
 
 
 def python_document(path: str, content: bytes) -> str | None:
-    """The text of a source file if it is worth training on: hand-written code, neither tests, data nor vendored."""
+    """The text of a source file if it is worth training on: written by hand, no tests, no data."""
     if SKIPPED_FOLDERS.search(path) or SKIPPED_FILES.search(path):
         return None
     if not MIN_BYTES <= len(content) <= MAX_BYTES or b"\0" in content:
@@ -153,7 +154,7 @@ def digest(text: str) -> int:
 
 
 def deduplicate(packages: list[Package], package_bytes: int = PACKAGE_BYTES) -> list[Package]:
-    """Drop documents seen in an earlier package, then cap each package (by hash order: an arbitrary fair cut)."""
+    """Drop documents seen in an earlier package, then cap each package (in hash order, a fair cut)."""
     seen: set[int] = set()
     kept = []
     for package in packages:
@@ -180,7 +181,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def write_documents(path: Path, documents: list[str]) -> dict[str, object]:
-    """Write documents as .xz (preset 9: the 64 MiB window finds a package's files again after the shuffle)."""
+    """Write documents as .xz (preset 9: a 64 MiB window finds a package's files again in the shuffle)."""
     data = "\0".join(documents).encode()
     if shutil.which("xz"):
         with path.open("wb") as file:
@@ -224,11 +225,11 @@ def build_corpus(out: Path, prose: Path | None = None, megabytes: float = 240.0)
         packages = deduplicate(list(track(downloads, "downloading wheels", total=len(requirements))))
     size = sum(len(t) for p in packages for t in p.documents)
     share = min(1.0, megabytes * 1e6 / size)  # documents arrive in hash order: a prefix is an arbitrary fair cut
-    packages = [p._replace(documents=p.documents[: round(share * len(p.documents))]) for p in packages]
+    packages = [p._replace(documents=p.documents[: math.ceil(share * len(p.documents))]) for p in packages]
     files = write_split(out, "python", [t for p in packages for t in p.documents])
     if prose_documents:
         files |= write_split(out, "prose", sorted({d.strip() + "\n" for d in prose_documents}))
-    manifest = {
+    manifest: dict[str, object] = {
         "packages": [
             {
                 "name": p.name,
@@ -307,7 +308,7 @@ def tokenise(data: Path) -> None:
 
 
 def load_tokens(data: Path, part: str) -> dict[str, np.ndarray]:
-    """The uint16 token streams of `part` ("train" or "heldout") by domain. Raises LedeError when there are none."""
+    """uint16 token streams of `part` ("train" or "heldout") by domain. Raises LedeError if there are none."""
     streams = {d: np.load(data / f"{d}.{part}.npy") for d in DOMAINS if (data / f"{d}.{part}.npy").exists()}
     if not streams:
         raise LedeError(f"{data}: no *.{part}.npy; build the corpus there and tokenise it first")

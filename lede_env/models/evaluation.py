@@ -1,4 +1,4 @@
-"""How well early layers speak for the last one: agreement by layer, on held-out text and on the model's own text.
+"""How well early layers speak for the last one: agreement by layer, on held-out and on its own text.
 
 Works on any Hugging Face folder of a Llama-like model; nothing here knows how the model was trained.
 """
@@ -61,7 +61,7 @@ def teacher_forced(model: Any, stream: np.ndarray, windows: int, context: int) -
 
 
 def openings(stream: np.ndarray, count: int) -> Tensor:
-    """(n, 1 + OPENING) first tokens of up to `count` evenly spaced documents, `<|endoftext|>` (0) in front."""
+    """(n, 1 + OPENING) first tokens of up to `count` evenly spaced documents, the leading 0 included."""
     begins = np.flatnonzero(stream == 0)
     lengths = np.diff(np.append(begins, len(stream)))
     begins = begins[lengths > OPENING]
@@ -112,7 +112,8 @@ def evaluate(model_folder: Path, data: Path, device: str, windows: int = 64, tex
         raise LedeError(f"device {device!r}: no CUDA device here; use cpu")
     if not (model_folder / "config.json").exists():
         raise LedeError(f"{model_folder}: no config.json; expected an exported model folder")
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = model.to(device).eval()
     results = {}
     for domain, stream in load_tokens(data, "heldout").items():
         prompts = openings(stream, texts)
@@ -128,17 +129,14 @@ def report(results: dict[str, Any], path: Path, console: Console) -> None:
     """Print the results as a table and write them to `path` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+    table = Table("layer", title="agreement with the last layer (T: expected acceptance)")
+    columns: list[list[float]] = []
     for domain, measures in results.items():
         heldout = measures["heldout"]
-        title = f"{domain}: held-out loss {heldout['loss']:.3f}, accuracy {heldout['accuracy']:.3f}"
-        table = Table("by layer", title=title)
-        rows = {
-            "held-out agreement": heldout["agreement"],
-            "own text, greedy agreement": measures["own_text_greedy"],
-            f"own text, acceptance T={TEMPERATURE}": measures[f"own_text_T{TEMPERATURE}"],
-        }
-        for layer in range(1, len(heldout["agreement"]) + 1):
-            table.add_column(str(layer), justify="right", no_wrap=True)
-        for name, values in rows.items():
-            table.add_row(name, *(f"{v:.3f}"[int(v < 1) :] for v in values))
-        console.print(table)
+        console.print(f"{domain}, held out: loss {heldout['loss']:.3f}, next-token accuracy {heldout['accuracy']:.3f}")
+        for name in ("held-out", "own greedy", f"own T={TEMPERATURE}"):
+            table.add_column(f"{domain} {name}", justify="right")
+        columns += [heldout["agreement"], measures["own_text_greedy"], measures[f"own_text_T{TEMPERATURE}"]]
+    for layer, values in enumerate(zip(*columns, strict=True), start=1):
+        table.add_row(str(layer), *(f"{v:.3f}" for v in values))
+    console.print(table)

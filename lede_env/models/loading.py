@@ -25,9 +25,7 @@ EMBEDDED = Path(__file__).parent / "tiny"
 _loaded: dict[tuple, LayeredLM] = {}
 
 
-def load_model(
-    name: str | os.PathLike, *, device: str = "auto", dtype: str | torch.dtype | None = None
-) -> LayeredLM:
+def load_model(name: str | os.PathLike, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> LayeredLM:
     """Load a model once a process: later calls with the same arguments return the same weights.
 
     Args:
@@ -68,7 +66,12 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """A torch dtype from its name; by default float32 on the CPU and bfloat16 on CUDA."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    names = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in names.values():
@@ -119,7 +122,9 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     embedding = source.get("model.embed_tokens.weight", (geometry.vocab, geometry.hidden))
     tied = bool(config.tie_word_embeddings) or "lm_head.weight" not in source.files
     head_source = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    head = embedding if tied and device.type != "cpu" else source.fused([head_source], (geometry.vocab, geometry.hidden))
+    head = (
+        embedding if tied and device.type != "cpu" else source.fused([head_source], (geometry.vocab, geometry.hidden))
+    )
     cos, sin = rope_tables(config, geometry, device, dtype)
     spec = find_spec(name)
     return LayeredLM(
@@ -223,7 +228,11 @@ class _Tensors:
             pickled = any(self.folder.glob("*.bin"))
             raise LedeError(
                 f"{self.folder} holds no *.safetensors"
-                + ("; its .bin files are pickles, which are never loaded: convert them to safetensors" if pickled else "")
+                + (
+                    "; its .bin files are pickles, which are never loaded: convert them to safetensors"
+                    if pickled
+                    else ""
+                )
             )
         tensors: dict[str, Any] = {}
         for path in paths:
@@ -269,9 +278,7 @@ class _Tensors:
         return digest.hexdigest()[:16]
 
 
-def rope_tables(
-    config: Any, geometry: Geometry, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rope_tables(config: Any, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(context + margin, D) cosines and sines, computed in float32 as transformers does; the sine's first half is negated."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -282,7 +289,9 @@ def rope_tables(
     else:
         inverse, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     # A padded batch writes a few positions past the context; nothing reads them.
-    angles = torch.arange(geometry.context + ROPE_MARGIN, dtype=torch.float).unsqueeze(1) * inverse.float()  # (context, D / 2)
+    angles = (
+        torch.arange(geometry.context + ROPE_MARGIN, dtype=torch.float).unsqueeze(1) * inverse.float()
+    )  # (context, D / 2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return (
         torch.cat([cos, cos], -1).to(device, dtype),

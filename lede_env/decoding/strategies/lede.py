@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lede_env.decoding.strategies.base import Control, Strategy
+from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, check_compatible, load_policy
 
@@ -56,5 +57,5 @@ class Lede(Strategy):
             if lm.weights != "embedded":
                 raise LedeError(f"no policy ships with model {lm.name!r}; train one and pass Lede(load_policy(PATH))")
             policy = load_policy("tiny")
-        check_compatible(policy, lm)
+        check_compatible(policy, lm.fingerprint, lm.candidate_layers, DRAFT_FEATURES, "draft")
         return _DualControl(policy, lm.candidate_layers)

@@ -1,0 +1,194 @@
+"""What every benchmark shares: methods timed in turn, the machine they ran on, and results written twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lede_env.cli import progress_bar
+from lede_env.engine.acceptance import Sampling
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.round import Counts
+from lede_env.envs.backends import LiveBackend
+from lede_env.tasks import Prompt
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Hardware, versions and commit: what a figure came from."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        "commit": commit.stdout.strip() or "no git checkout",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+class Timing:
+    """One method's runs: seconds per prompt and repeat, the tokens, and the counts of its rounds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, list[float]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.counts = Counts()
+
+    def add(self, prompt: int, seconds: float, tokens: list[int], counts: Counts | None) -> None:
+        first = prompt not in self.seconds
+        self.seconds.setdefault(prompt, []).append(seconds)
+        self.tokens[prompt] = tokens
+        if counts is not None and first:
+            self.counts.merge(counts)
+
+    @property
+    def total_seconds(self) -> float:
+        """Sum over prompts of the median over repeats."""
+        return sum(statistics.median(samples) for samples in self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.tokens.values())) / self.total_seconds
+
+    @property
+    def repeated(self) -> float:
+        """Share of 8-grams that occurred before in the same text: looping text flatters every method."""
+        return repeated_ngrams(list(self.tokens.values()), 8)
+
+
+def repeated_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
+    seen = total = 0
+    for text in texts:
+        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        total += len(grams)
+        seen += len(grams) - len(set(grams))
+    return seen / total if total else 0.0
+
+
+def speedup_interval(
+    baseline: Timing, method: Timing, samples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of tokens/s with a 95 % paired bootstrap interval over prompts."""
+    prompts = sorted(baseline.seconds)
+    a = np.array([[statistics.median(t.seconds[p]), len(t.tokens[p])] for t in (baseline,) for p in prompts])
+    b = np.array([[statistics.median(t.seconds[p]), len(t.tokens[p])] for t in (method,) for p in prompts])
+    pick = np.random.default_rng(seed).integers(len(prompts), size=(samples, len(prompts)))
+
+    def ratio(index: np.ndarray) -> np.ndarray:
+        rate_a = a[index, 1].sum(-1) / a[index, 0].sum(-1)
+        rate_b = b[index, 1].sum(-1) / b[index, 0].sum(-1)
+        return rate_b / rate_a
+
+    low, high = np.quantile(ratio(pick), [0.025, 0.975])
+    return float(ratio(np.arange(len(prompts)))), float(low), float(high)
+
+
+# A method decodes one prompt's token ids: returns new tokens, and its counts if it has rounds.
+Method = Callable[[list[int]], tuple[list[int], Counts | None]]
+
+
+def time_methods(
+    methods: dict[str, Method], prompts: list[list[int]], repeats: int, console: Console, synchronise: bool = False
+) -> dict[str, Timing]:
+    """Every method on every prompt, in turn prompt by prompt so that drift hits all alike, after a warm-up."""
+    timings = {name: Timing() for name in methods}
+    with progress_bar(console) as bar:
+        task = bar.add_task("timing", total=repeats * len(prompts) * len(methods))
+        for method in methods.values():
+            method(prompts[0])
+        for repeat in range(repeats):
+            for index, prompt in enumerate(prompts):
+                order = list(methods)
+                shift = (index + repeat) % len(order)
+                for name in order[shift:] + order[:shift]:
+                    if synchronise:
+                        torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    tokens, counts = methods[name](prompt)
+                    if synchronise:
+                        torch.cuda.synchronize()
+                    timings[name].add(index, time.perf_counter() - begin, tokens, counts)
+                    bar.advance(task)
+    return timings
+
+
+def acceptance_table(
+    lm: LayeredLM, prompts: list[Prompt], max_new_tokens: int, layers: Sequence[int], console: Console
+) -> dict[int, list[np.ndarray]]:
+    """Greedy texts of the prompts, and at each layer which of their tokens a draft there would have got right."""
+    lanes = min(16, len(prompts))
+    accepted: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    backend = LiveBackend(lm, prompts, lanes, max_new_tokens, Sampling(), tuple(layers), ("entropy",))
+    with progress_bar(console) as bar:
+        for begin in bar.track(range(0, len(prompts), lanes), description="acceptance on validation prompts"):
+            batch = range(begin, min(begin + lanes, len(prompts)))
+            for lane, prompt in enumerate(batch):
+                backend.start(lane, prompt, 0)
+            for lane, _ in enumerate(batch):
+                rows = _rows(backend, lane, max_new_tokens)
+                for column, layer in enumerate(layers):
+                    accepted[layer].append(backend.accepted[rows, column].copy())
+    return accepted
+
+
+def _rows(backend: LiveBackend, lane: int, max_new_tokens: int) -> slice:
+    """The table rows of a lane's whole continuation: up to EOS or the budget."""
+    begin = int(backend.base[lane])
+    for position in range(max_new_tokens):
+        backend.ensure(lane, position)
+        if backend.ends[begin + position]:
+            return slice(begin, begin + position + 1)
+    return slice(begin, begin + max_new_tokens)
+
+
+def write_results(folder: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """NAME.csv for programs, NAME.md for people, NAME.json with both the rows and what they came from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(shown(row.get(column, "")) for column in columns) + " |" for row in rows]
+    facts = [f"- {key}: {value}" for key, value in about.items()]
+    (folder / f"{name}.md").write_text("\n".join([*lines, "", *facts]) + "\n")
+
+
+def print_table(title: str, rows: list[dict[str, Any]], console: Console) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        table.add_row(*(shown(row.get(column, "")) for column in columns))
+    console.print(table)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)

@@ -1,0 +1,222 @@
+"""The command `lede`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from tyro.conf import Positional
+
+from lede_env.errors import LedeError
+
+app = tyro.extras.SubcommandApp()
+console = Console()
+
+
+def progress_bar(console: Console = console) -> Progress:
+    """The progress bar of every command."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+@app.command
+def envs() -> None:
+    """List the registered environments and what each pins."""
+    from lede_env.registration import ENVIRONMENTS
+
+    table = Table("id", "model", "candidate layers", "task", "T", "max new tokens", "features", "reward")
+    for env_id, pinned in ENVIRONMENTS.items():
+        table.add_row(
+            env_id,
+            pinned["model"],
+            " ".join(map(str, pinned["candidate_layers"])),
+            f"{pinned['task']} / {pinned['split']}",
+            f"{pinned['temperature']:g}",
+            str(pinned["max_new_tokens"]),
+            str(pinned["features"]),
+            pinned["reward"],
+        )
+    console.print(table)
+
+
+@app.command
+def generate(
+    prompt: Positional[str],
+    /,
+    model: str = "tiny",
+    strategy: str = "lede",
+    policy: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+) -> None:
+    """Continue a prompt, streaming the text, then print the figures.
+
+    Args:
+        prompt: the text to continue.
+        model: zoo name, hub id or local folder.
+        strategy: autoregressive, layerskip:EXIT_LAYER,SPECULATION or lede.
+        policy: folder of the exit policy for lede; by default the one that ships with the model.
+        max_new_tokens: most tokens to produce.
+        temperature: 0 is greedy.
+        top_k: keep the k most probable tokens; 0 is off.
+        top_p: keep the smallest set of tokens with this probability; 1 is off.
+        seed: of the draws.
+        stop: strings that end the text.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: float32, bfloat16, float16 or float64.
+    """
+    import time
+
+    from lede_env.decoding.generate import stream
+    from lede_env.decoding.strategies import parse_strategy
+    from lede_env.engine.round import Counts
+    from lede_env.models.loading import load_model
+
+    lm = load_model(model, device=device, dtype=dtype)
+    chosen = parse_strategy(strategy, policy)
+    counts, begin = Counts(), time.perf_counter()
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    for piece in stream(lm, prompt, strategy=chosen, max_new_tokens=max_new_tokens, **options):
+        console.out(printable(piece.text), end="", highlight=False)
+        if piece.round is not None:
+            counts.add(piece.round, lm.n_layers)
+    seconds = time.perf_counter() - begin
+    console.out("")
+    console.print(
+        f"[dim]{lm.name} ({lm.weights}), {chosen.name}: {counts.emitted} tokens in {seconds:.2f} s "
+        f"({counts.emitted / seconds:.1f} tokens/s), E {counts.E:.2f}, d {counts.d:.2f}, "
+        f"acceptance {counts.acceptance:.3f}, {counts.tokens_per_round:.2f} tokens a round[/dim]"
+    )
+
+
+def printable(text: str) -> str:
+    """Model output for a terminal: control codes other than line breaks and tabs are dropped."""
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == " "))
+
+
+@app.command
+def record(
+    *,
+    env: str,
+    policy: str,
+    episodes: int,
+    out: Path,
+    seed: int = 0,
+    resume: bool = False,
+    num_envs: int = 16,
+    task: str | None = None,
+    split: str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    device: str | None = None,
+) -> None:
+    """Log trajectories of a policy to an HDF5 file.
+
+    Args:
+        env: environment id; see `lede envs`.
+        policy: random, static:LAYER, or the folder of a trained policy.
+        episodes: episodes the file shall hold in the end.
+        out: the HDF5 file.
+        seed: of the run: prompts, draws and coins.
+        resume: go on with a file that a killed or shorter run left.
+        num_envs: sequences decoded together; the file does not depend on it.
+        task: overrides the task the id pins; likewise split, max_new_tokens, temperature and device.
+        split: see task.
+        max_new_tokens: see task.
+        temperature: see task.
+        device: see task.
+    """
+    from lede_env.policies import parse_policy
+    from lede_env.recording import record as record_episodes
+    from lede_env.registration import pinned
+
+    spec = pinned(env)
+    given = dict(task=task, split=split, max_new_tokens=max_new_tokens, temperature=temperature, device=device)
+    overrides = {name: value for name, value in given.items() if value is not None}
+    layers = spec["candidate_layers"]
+    from lede_env.models.loading import load_model
+
+    lm = load_model(spec["model"], device=device or "auto")
+    actor = parse_policy(policy, lm.n_layers, layers)
+    with progress_bar() as bar:
+        task_id = bar.add_task(f"recording {policy} on {env}", total=episodes)
+        rows = record_episodes(
+            env,
+            actor,
+            episodes,
+            out,
+            seed=seed,
+            resume=resume,
+            num_envs=num_envs,
+            policy_name=policy,
+            progress=lambda done: bar.update(task_id, completed=done),
+            **overrides,
+        )
+    console.print(f"{out}: {episodes} episodes, {rows} transitions")
+
+
+@app.command
+def doctor() -> None:
+    """Show what is installed and which devices and weights are at hand."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from lede_env.models.loading import EMBEDDED
+    from lede_env.policies import SHIPPED
+
+    table = Table("what", "state")
+    for package in ("lede-env", "torch", "transformers", "gymnasium", "numpy", "h5py", "safetensors", "d3rlpy",
+                    "stable-baselines3", "minari"):  # fmt: skip
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed")
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    table.add_row("CUDA devices", ", ".join(cuda) or "none: everything runs on the CPU")
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    table.add_row("embedded model", "present" if (EMBEDDED / "model.safetensors").is_file() else "missing: reinstall")
+    table.add_row("embedded policy", "present" if SHIPPED["tiny"].is_dir() else "missing: reinstall")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: bad input ends with one clear line and exit status 2."""
+    try:
+        app.cli(
+            prog="lede",
+            description="Exit control in self-speculative decoding: environments, data, decoding.",
+        )
+    except LedeError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

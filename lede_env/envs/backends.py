@@ -1,0 +1,138 @@
+"""Where an environment's tokens come from. A backend fills a table of positions; environments look steps up in it.
+
+The next token never depends on what the agent does on the exit MDP, so one full-depth forward a token gives every
+candidate layer's signals at once, with one pass of the LM head over all of them: cheaper than walking, and exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, draw
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.signals import RAW, TraceWindow, compute_features
+from lede_env.errors import LedeError
+from lede_env.tasks import Prompt, fit_prompt, load_prompts
+
+
+class LiveBackend:
+    """The language model itself, decoding `lanes` continuations together.
+
+    Position t of a lane is row `base[lane] + t` of the tables, computed when first needed, for all lanes at once:
+    a lane that is behind finds its next tokens ready. T + 1 positions a lane, so that a truncated episode has a
+    next observation.
+    """
+
+    def __init__(
+        self,
+        lm: LayeredLM,
+        prompts: list[Prompt],
+        lanes: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        candidate_layers: tuple[int, ...],
+        features: tuple[str, ...],
+    ):
+        room = lm.geometry.context - max_new_tokens - 1
+        if room < 1:
+            raise LedeError(
+                f"max_new_tokens={max_new_tokens} leaves no room in {lm.name}'s context of {lm.geometry.context}"
+            )
+        self.lm, self.sampling = lm, sampling
+        self.candidate_layers, self.features = candidate_layers, features
+        self.prompt_ids = [prompt.id for prompt in prompts]
+        self.tokens = [fit_prompt(lm.encode(prompt.text), room, prompt.task)[0] for prompt in prompts]
+        self.positions = max_new_tokens + 1
+        longest = max(map(len, self.tokens))
+        self.session = lm.session(lanes, longest + self.positions, width=1)
+        self.base = np.arange(lanes) * self.positions
+        size, n = lanes * self.positions, len(candidate_layers)
+        self.observations = np.zeros((size, n, len(features)), np.float32)
+        self.accepted = np.zeros((size, n), bool)
+        self.drafts = np.zeros((size, n), np.int64)
+        self.targets = np.zeros(size, np.int64)
+        self.ends = np.zeros(size, bool)  # the target is an EOS
+        self.known = np.zeros(lanes, np.int64)  # positions computed so far, a lane
+        self._pending = [0] * lanes
+        self._done = [True] * lanes
+        self._draws = [Draws(0)] * lanes
+        self._trace = [TraceWindow() for _ in range(lanes)]
+
+    def start(self, lane: int, prompt: int, seed: int) -> None:
+        """Begin the continuation of a prompt on a lane; `seed` keys its draws."""
+        ids = self.tokens[prompt]
+        with torch.inference_mode():
+            self.session.prefill(lane, ids[:-1])
+        self._pending[lane], self._done[lane], self.known[lane] = ids[-1], False, 0
+        self._draws[lane], self._trace[lane] = Draws(seed), TraceWindow()
+
+    def ensure(self, lane: int, position: int) -> None:
+        """Have the table hold this position of this lane."""
+        while self.known[lane] <= position:
+            self._forward()
+
+    @torch.inference_mode()
+    def _forward(self) -> None:
+        """The next position of every lane that has one. Finished lanes ride along, unread: no gather of the cache."""
+        session, lanes = self.session, list(range(self.session.batch))
+        session.feed(lanes, self._pending)
+        states = []
+        for layer in (*self.candidate_layers, self.lm.n_layers):
+            session.advance(lanes, [layer] * len(lanes))
+            states.append(session.newest(lanes).clone())
+        logits = self.lm.logits(torch.cat(states)).unflatten(0, (len(states), len(lanes)))  # (C + 1, lanes, V)
+        raw, top1 = _raw_and_top1(logits)
+        best = logits.argmax(-1).T.tolist() if self.sampling.greedy else None
+        for lane in lanes:
+            live = not self._done[lane]
+            session.close_round(lane, int(live))
+            if live:
+                self._store(lane, raw[:, lane], float(top1[lane]), best[lane] if best else logits[:, lane])
+
+    def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Any) -> None:
+        """Write one position: (C, RAW) signals, and the drafts and target that `outcome` gives."""
+        row = self.base[lane] + self.known[lane]
+        self.observations[row] = compute_features(
+            self.features,
+            raw,
+            layer=np.array(self.candidate_layers) / self.lm.n_layers,
+            trace=self._trace[lane].mean(),
+        )
+        if self.sampling.greedy:
+            *drafts, target = outcome
+        else:
+            target, drafts = self._sample(lane, outcome)
+        self.drafts[row], self.targets[row] = drafts, target
+        self.accepted[row] = self.drafts[row] == target
+        self.ends[row] = target in self.lm.eos_ids
+        self._trace[lane].push(neg_log_p_max)
+        self.known[lane] += 1
+        self._pending[lane] = target
+        self._done[lane] = bool(self.ends[row]) or self.known[lane] == self.positions
+
+    def _sample(self, lane: int, logits: torch.Tensor) -> tuple[int, list[int]]:
+        """A target drawn at full depth and the drafts coupled to it, from (C + 1, V) logits."""
+        probabilities = self.sampling.probabilities(logits)
+        draws = self._draws[lane]
+        target = draw(probabilities[-1], draws.next())
+        drafts, _ = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
+        return target, drafts
+
+
+def _raw_and_top1(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(C + 1, N, V) logits -> raw signals of the candidates (C, N, RAW), and -log p_max at full depth (N,)."""
+    from lede_env.engine.signals import raw_signals
+
+    raw = raw_signals(logits.flatten(0, 1)).view(*logits.shape[:2], RAW).float().cpu().numpy()
+    return raw[:-1], -raw[-1, :, 0]
+
+
+def open_prompts(task: str, split: str) -> list[Prompt]:
+    """The prompts of a task and split; an empty selection is an error."""
+    prompts = load_prompts(task, split)
+    if not prompts:
+        raise LedeError(f"task={task!r}, split={split!r} selects no prompts")
+    return prompts

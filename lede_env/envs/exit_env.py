@@ -1,0 +1,200 @@
+"""The exit MDP as a Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from lede_env.envs.exit_mdp import make_exit_mdp
+from lede_env.envs.rendering import render_token
+from lede_env.errors import LedeError
+from lede_env.policies import EXIT
+
+
+class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
+    """
+    ## Description
+    A large language model decodes a prompt by self-speculation: its own early layers draft each token, the full
+    depth verifies it. For every token the agent walks the candidate layers from shallow to deep and decides at each
+    whether the draft is good enough to leave there. Leaving early is cheap; a draft that the full depth would not
+    have produced is wasted. This is the MDP of section 3.1 of the LEDE paper.
+
+    The context always holds the full-depth token, which is what verification guarantees, so the agent's actions never
+    change the text: every token is a stopping problem of its own.
+
+    ## Action Space
+    `Discrete(2)`: 0 continues to the next candidate layer, 1 exits here. At the last candidate either action exits
+    (then `info["forced"]` is true if the action was 0).
+
+    ## Observation Space
+    `Box(float32)` of the chosen features of the next-token distribution at the layer just reached, always at
+    temperature 1. `features="paper"` is the first three, which hide the layer (a POMDP); `"extended"` is all six; a
+    tuple of names picks.
+
+    | Num | Feature    | Meaning                                                         | Min | Max    |
+    |-----|------------|-----------------------------------------------------------------|-----|--------|
+    | 0   | confidence | mean of -log p over the 5 most probable tokens                  | 0   | 30     |
+    | 1   | entropy    | entropy of the distribution, nats                               | 0   | ln V   |
+    | 2   | trace      | mean of -log p_max at full depth over the last 8 tokens; 0 at the start | 0 | 30   |
+    | 3   | layer      | layers run over all layers, e / L                               | 0   | 1      |
+    | 4   | margin     | log p of the best token minus log p of the second               | 0   | 30     |
+    | 5   | top1       | -log p of the best token                                        | 0   | 30     |
+
+    ## Rewards
+    `reward="paper"`: an exit at layer e whose draft is accepted pays `1 + (1 - e / L)`, an exit whose draft is
+    rejected -1, each continue -0.05. The constants are `reward_kwargs` (`accept, depth, reject, continue_`); the
+    paper gives only their signs. The return of a policy is the undiscounted sum over a prompt.
+
+    An exit carries `info["discount"] = 0` and a continue 1: use `gamma * discount` in every bootstrap and n-step sum.
+    Bootstrapping across tokens only adds noise, because nothing carries over.
+
+    ## Starting State
+    The first candidate layer of the first new token of a prompt. An unseeded reset draws the prompt by `np_random`;
+    `reset(options={"prompt_id": "code/0001"})` chooses it. `info["prompt_id"]` names it.
+
+    ## Episode End
+    Termination: the full-depth token of the exit was an end-of-sequence token. Truncation: `max_new_tokens` tokens
+    have been produced. With `episode="token"` every exit terminates, and the next `reset()` without a `prompt_id` goes
+    on to the next token of the same prompt. After termination the observation is all zeros, and means nothing.
+
+    ## Info
+    Of the observation returned: `prompt_id, token_index, layer`. Of the action taken: `cost` (modelled, in
+    autoregressive steps: the layers and the exit check that led to the observation it was taken on), `discount`,
+    `forced`, `reward_terms`; and if it exited, `exit_layer, draft_token, target_token, accepted`, never earlier.
+
+    ## Arguments
+    Every value pinned by the id can be overridden: `gym.make("LEDE-Tiny-v0", task="code", split="test",
+    features="extended", temperature=0.6, max_new_tokens=64, episode="token", device="cuda")`.
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    metadata = {"render_modes": ["ansi"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's form
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        candidate_layers: Sequence[int],
+        backend: str = "live",
+        task: str = "all",
+        split: str = "train",
+        features: str | Sequence[str] = "paper",
+        reward: str = "paper",
+        reward_kwargs: Mapping[str, float] | None = None,
+        cost_model: str,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 128,
+        episode: str = "prompt",
+        device: str = "auto",
+        dtype: str | None = None,
+        render_mode: str | None = None,
+    ):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise LedeError(f"render_mode={render_mode!r} is unknown; use one of {self.metadata['render_modes']}")
+        self._mdp = make_exit_mdp(
+            1,
+            model=model,
+            candidate_layers=candidate_layers,
+            backend=backend,
+            task=task,
+            split=split,
+            features=features,
+            reward=reward,
+            reward_kwargs=reward_kwargs or {},
+            cost_model=cost_model,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            episode=episode,
+            device=device,
+            dtype=dtype,
+        )
+        self.render_mode = render_mode
+        self.observation_space = self._mdp.observation_space
+        self.action_space = spaces.Discrete(2)
+        self._table = self._mdp.backend
+        self.prompt_ids = self._table.prompt_ids
+        self.features = self._mdp.features
+        self.attributes = self._mdp.attributes
+        self._prompt_over = True  # the next reset begins a prompt, whatever `episode` says
+        self._running = False
+        self._prompt_id = ""
+        self._token = self._candidate = 0
+        self._exited: tuple[int, bool] | None = None  # layer and outcome of the last exit, for rendering
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        chosen = (options or {}).get("prompt_id")
+        if self._prompt_over or not self._mdp.token_episodes or seed is not None or chosen is not None:
+            prompt, draw_seed = self._mdp.choose_prompt(self.np_random, chosen)
+            self._table.start(0, prompt, draw_seed)
+            self._prompt_id, self._token, self._prompt_over = self.prompt_ids[prompt], 0, False
+        self._candidate, self._running, self._exited = 0, True, None
+        self._table.ensure(0, self._token)
+        return self._observation(), self._info(cost=0.0, discount=1.0, forced=False, reward_terms={})
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if not self._running:
+            raise LedeError("step() before reset(), or after the episode ended; call reset() first")
+        if action not in (0, 1):
+            raise LedeError(f"action {action!r} is not in the action space: 0 continues, 1 exits")
+        cost = float(self._mdp.step_cost[self._candidate])
+        if action == EXIT or self._candidate == len(self._mdp.candidate_layers) - 1:
+            return self._exit(cost, forced=action != EXIT)
+        self._candidate += 1
+        reward = self._mdp.reward.continue_
+        info = self._info(cost=cost, discount=1.0, forced=False, reward_terms={"continue": reward})
+        return self._observation(), reward, False, False, info
+
+    def _exit(self, cost: float, forced: bool) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Leave at the current candidate, score the draft, move to the next token."""
+        mdp, table, token, candidate = self._mdp, self._table, self._token, self._candidate
+        accepted = bool(table.accepted[token, candidate])
+        reward = float(mdp.reward.accepted[candidate]) if accepted else mdp.reward.rejected
+        ended = bool(table.ends[token])
+        truncated = not ended and token + 1 == mdp.max_new_tokens
+        self._exited = (mdp.candidate_layers[candidate], accepted)
+        self._prompt_over = ended or truncated
+        self._running = not (self._prompt_over or mdp.token_episodes)
+        self._token, self._candidate = token + 1, 0
+        if ended:
+            observation = np.zeros(len(mdp.features), np.float32)
+        else:
+            table.ensure(0, self._token)
+            observation = self._observation()
+        terms = {"accepted" if accepted else "rejected": reward}
+        info = self._info(cost=cost, discount=0.0, forced=forced, reward_terms=terms)
+        info |= {
+            "exit_layer": mdp.candidate_layers[candidate],
+            "draft_token": int(table.drafts[token, candidate]),
+            "target_token": int(table.targets[token]),
+            "accepted": accepted,
+        }
+        return observation, reward, ended or (mdp.token_episodes and not truncated), truncated, info
+
+    def _observation(self) -> np.ndarray:
+        return self._table.observations[self._token, self._candidate].copy()
+
+    def _info(self, **of_action: Any) -> dict[str, Any]:
+        return {
+            "prompt_id": self._prompt_id,
+            "token_index": self._token,
+            "layer": self._mdp.candidate_layers[self._candidate],
+            **of_action,
+        }
+
+    def render(self) -> str | None:
+        if self.render_mode is None:
+            return None
+        return render_token(self._mdp, self._token, self._candidate, self._exited)
