@@ -24,7 +24,7 @@ class Span:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: a (B, kv_heads, capacity, head_dim) tensor each."""
+    """Keys and values of every layer, allocated once: a (B, capacity, kv_heads, head_dim) tensor each."""
 
     def __init__(
         self,
@@ -36,11 +36,12 @@ class KVCache:
         dtype: torch.dtype,
         device,
     ):
-        shape = (batch, kv_heads, capacity, head_dim)
+        shape = (batch, capacity, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.batch, self.capacity = batch, capacity
         self.slots = torch.arange(capacity, device=device)
+        self.rows = torch.arange(batch, device=device)
 
     def span(self, rows: list[int], starts: list[int], width: int) -> Span:
         """Where `width` new positions of each of `rows` go, beginning at `starts`, and what they may read."""
@@ -59,15 +60,15 @@ class KVCache:
         return Span(index, positions, 0, stop, False, mask)
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (R, kv_heads, Q, D) keys and values; return all that the span may read, (R, kv_heads, stop, D)."""
+        """Store (R, Q, kv_heads, D) keys and values; return all that the span may read, (R, kv_heads, stop, D)."""
         cache_k, cache_v = self.keys[layer], self.values[layer]
         if span.whole:
-            cache_k[:, :, span.start : span.stop] = keys
-            cache_v[:, :, span.start : span.stop] = values
-            return cache_k[:, :, : span.stop], cache_v[:, :, : span.stop]
-        rows = span.rows if span.rows is not None else torch.arange(self.batch, device=keys.device)
-        cache_k[rows.unsqueeze(1), :, span.positions] = keys.transpose(1, 2)
-        cache_v[rows.unsqueeze(1), :, span.positions] = values.transpose(1, 2)
+            cache_k[:, span.start : span.stop] = keys
+            cache_v[:, span.start : span.stop] = values
+            return cache_k[:, : span.stop].transpose(1, 2), cache_v[:, : span.stop].transpose(1, 2)
+        rows = self.rows if span.rows is None else span.rows
+        cache_k[rows.unsqueeze(1), span.positions] = keys
+        cache_v[rows.unsqueeze(1), span.positions] = values
         if span.rows is None:
-            return cache_k[:, :, : span.stop], cache_v[:, :, : span.stop]
-        return cache_k[rows, :, : span.stop], cache_v[rows, :, : span.stop]
+            return cache_k[:, : span.stop].transpose(1, 2), cache_v[:, : span.stop].transpose(1, 2)
+        return cache_k[rows, : span.stop].transpose(1, 2), cache_v[rows, : span.stop].transpose(1, 2)

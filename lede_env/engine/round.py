@@ -38,7 +38,7 @@ class Round:
         return False
 
     def cut(self, emitted: int) -> None:
-        """End the text after `emitted` tokens of this round (EOS, a stop string): nothing after is emitted or counted."""
+        """End the text after `emitted` tokens of this round (EOS, a stop string): nothing after it counts."""
         del self.emitted[emitted:], self.drafts[emitted:], self.exits[emitted:]
         self.accepted = min(self.accepted, emitted)
 

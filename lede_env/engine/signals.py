@@ -119,7 +119,7 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
 
 
 class Signals:
-    """What a strategy may ask of one row at one layer. Computed on demand: a strategy that asks nothing pays nothing."""
+    """What a strategy may ask of one row at one layer. Computed on demand: not asking costs nothing."""
 
     __slots__ = ("_raw", "cap", "layer", "logits", "n_layers", "phase", "position", "trace")
 
