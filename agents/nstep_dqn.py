@@ -26,7 +26,7 @@ import numpy as np
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
-from lede_env.policies import MLPPolicy
+from lede_env.policies import EXIT, MLPPolicy
 from lede_env.recording import make_player_envs, play, run_attributes
 
 
@@ -181,7 +181,9 @@ def transitions(
     returns, factor, last = n_step_targets(data["rewards"], discounts, ends, n, gamma)
     return {
         "observations": observations,
-        "actions": data["actions"].astype(np.int64),
+        # Where the last candidate forces the exit, exiting is what was done. Learning it as a `continue` would tie the
+        # two values there, and the decoder, which asks this policy whether to draft on, would get a coin's answer.
+        "actions": np.where(data["forced"], EXIT, data["actions"]).astype(np.int64),
         "returns": returns,
         "factor": factor,
         "next_observations": next_observations[last],

@@ -20,6 +20,8 @@ _PUBLIC = {
     "Lede": "lede_env.decoding.strategies",
     "load_policy": "lede_env.policies",
     "load_prompts": "lede_env.tasks",
+    "SpeculativeExitEnv": "lede_env.envs.exit_env",
+    "read_trajectories": "lede_env.data.trajectory_file",
 }
 __all__ = list(_PUBLIC)
 

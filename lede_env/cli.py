@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -96,8 +97,8 @@ def generate(
     from lede_env.engine.round import Counts
     from lede_env.models.loading import load_model
 
-    lm = load_model(model, device=device, dtype=dtype)
     chosen = parse_strategy(strategy, policy)
+    lm = load_model(model, device=device, dtype=dtype)
     counts, begin = Counts(), time.perf_counter()
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
     for piece in stream(lm, prompt, strategy=chosen, max_new_tokens=max_new_tokens, **options):
@@ -212,7 +213,8 @@ def main() -> None:
             description="Exit control in self-speculative decoding: environments, data, decoding.",
         )
     except LedeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", markup=True, highlight=False, soft_wrap=True)
+        message = escape(" ".join(str(error).split()))  # one line, and no part of it taken for markup
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,66 +18,70 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter
+from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, read_trajectories
 from lede_env.errors import LedeError
-from lede_env.policies import ExitPolicy, check_compatible
+from lede_env.policies import CONTINUE, EXIT, ExitPolicy, check_compatible
 
 # (observations (N, F), episode numbers (N,), steps into the episode (N,)) -> actions (N,), log-probabilities (N,)
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def make_player_envs(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
-    """The vector environment that `play` needs: every feature, episodes started by hand."""
-    arguments = {**kwargs, "features": "extended", "autoreset_mode": AutoresetMode.DISABLED}
-    return gym.make_vec(env_id, num_envs=num_envs, **arguments)
+    """The vector environment that `play` needs: every feature, whole prompts, episodes started by hand."""
+    fixed: dict[str, Any] = {"features": "extended", "episode": "prompt", "autoreset_mode": AutoresetMode.DISABLED}
+    for name in fixed.keys() & kwargs.keys():
+        raise LedeError(
+            f"{name}={kwargs[name]!r} cannot be chosen here: whole prompts with all features are played, "
+            "select from them when loading"
+        )
+    return gym.make_vec(env_id, num_envs=num_envs, **kwargs, **fixed)
 
 
 def play(envs: VectorEnv, act: Act, numbers: Sequence[int], seed: int) -> Iterator[tuple[int, Episode]]:
-    """Play the episodes of these numbers, several at a time; yields (number, episode) as each finishes."""
-    n, core = envs.num_envs, envs.unwrapped
-    waiting = iter(numbers)
-    playing = np.array([next(waiting, -1) for _ in range(n)])  # episode of each environment; -1: none is left
-    steps, starting = np.zeros(n, np.int64), np.ones(n, bool)
-    rows: list[list[tuple]] = [[] for _ in range(n)]
+    """Play the episodes of these numbers, in waves of as many as there are environments; yields (number, episode).
+
+    A wave's episodes begin together, so that every forward of the model serves all of them.
+    """
+    n = envs.num_envs
+    for begin in range(0, len(numbers), n):
+        playing = np.full(n, -1)  # episode of each environment; -1: none is left, or it is over
+        playing[: len(numbers[begin : begin + n])] = numbers[begin : begin + n]
+        yield from _play_wave(envs, act, playing, seed)
+
+
+def _play_wave(envs: VectorEnv, act: Act, playing: np.ndarray, seed: int) -> Iterator[tuple[int, Episode]]:
+    prompts, steps = np.zeros(len(playing), np.int64), np.zeros(len(playing), np.int64)
+    observations, infos = _start(envs, playing, prompts, seed)
+    history: list[dict[str, np.ndarray]] = []  # the steps of all environments, a row each
     while (playing >= 0).any():
-        if starting.any():
-            observations, infos = _start(envs, core, playing, starting, seed)
         actions, logprobs = act(observations, playing, steps)
         following, rewards, terminals, timeouts, outcome = envs.step(actions)
-        exited = outcome["_accepted"]
-        for i in np.flatnonzero(playing >= 0).tolist():
-            rows[i].append(
-                (
-                    observations[i], actions[i], rewards[i], terminals[i], timeouts[i], outcome["discount"][i],
-                    infos["layer"][i], 1, infos["token_index"][i], core.prompt_ids.index(infos["prompt_id"][i]),
-                    outcome["accepted"][i] if exited[i] else -1, outcome["forced"][i], logprobs[i], outcome["cost"][i],
-                )
-            )  # fmt: skip
-        steps += 1
-        starting = terminals | timeouts
-        for i in np.flatnonzero(starting).tolist():
-            if playing[i] >= 0:
-                columns = {
-                    name: np.array(values, COLUMNS[name])
-                    for name, values in zip(COLUMNS, zip(*rows[i], strict=True), strict=True)
-                }
-                yield int(playing[i]), Episode(**columns, final_observation=following[i])
-            rows[i], steps[i], playing[i] = [], 0, next(waiting, -1)
+        row = {
+            "observations": observations, "actions": actions, "rewards": rewards, "terminals": terminals,
+            "timeouts": timeouts, "discount": outcome["discount"], "layer": infos["layer"],
+            "phase": np.ones(len(steps)), "token_index": infos["token_index"], "prompt_id": prompts,
+            "accepted": np.where(outcome["_accepted"], outcome["accepted"], -1), "forced": outcome["forced"],
+            "behaviour_logprob": logprobs, "cost": outcome["cost"],
+        }  # fmt: skip
+        history.append(row)
+        steps += playing >= 0
+        for i in np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist():
+            columns = {name: np.array([row[name][i] for row in history], dtype) for name, dtype in COLUMNS.items()}
+            number, playing[i] = int(playing[i]), -1
+            yield number, Episode(**columns, final_observation=following[i])
         observations, infos = following, outcome
 
 
-def _start(
-    envs: VectorEnv, core: Any, playing: np.ndarray, starting: np.ndarray, seed: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reset the environments that begin an episode. One with nothing left to play repeats the run's first prompt."""
-    numbers = np.maximum(playing, 0).tolist()
-    return envs.reset(
-        seed=[episode_seed(seed, number) for number in numbers],
-        options={
-            "reset_mask": starting,
-            "prompt_ids": [core.prompt_ids[prompt_of(seed, number, len(core.prompt_ids))] for number in numbers],
-        },
-    )
+def _start(envs: Any, playing: np.ndarray, prompts: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reset the environments that have an episode to play, and note their prompts."""
+    seeds: list[int | None] = [None] * len(playing)
+    chosen: list[str | None] = [None] * len(playing)
+    known = envs.unwrapped.prompt_ids
+    for i in np.flatnonzero(playing >= 0).tolist():
+        number = int(playing[i])
+        prompts[i] = prompt_of(seed, number, len(known))
+        seeds[i], chosen[i] = episode_seed(seed, number), known[prompts[i]]
+    return envs.reset(seed=seeds, options={"reset_mask": playing >= 0, "prompt_ids": chosen})
 
 
 def episode_seed(seed: int, number: int) -> int:
@@ -101,20 +105,25 @@ def policy_act(policy: ExitPolicy, available: Sequence[str], seed: int) -> Act:
 
     def act(observations: np.ndarray, numbers: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exit_probability = np.asarray(policy.exit_probability(observations[:, columns]), np.float64)
+        valid = (exit_probability >= 0) & (exit_probability <= 1)
+        if valid.shape != (len(observations),) or not valid.all():
+            raise LedeError(
+                f"{type(policy).__name__}.exit_probability must return {len(observations)} numbers in [0, 1], one an "
+                f"observation; got {exit_probability!r}"
+            )
         coins = np.array(
             [
                 Draws(derive_seed(seed, number, 1, step)).next()
                 for number, step in zip(numbers.tolist(), steps.tolist(), strict=True)
             ]
         )
-        actions = (coins < exit_probability).astype(np.int64)
-        chosen = np.where(actions == 1, exit_probability, 1.0 - exit_probability)
-        return actions, np.log(np.maximum(chosen, 1e-300))
+        actions = np.where(coins < exit_probability, EXIT, CONTINUE)
+        return actions, np.log(np.where(actions == EXIT, exit_probability, 1.0 - exit_probability))
 
     return act
 
 
-def run_attributes(envs: VectorEnv, **more: Any) -> dict[str, Any]:
+def run_attributes(envs: Any, **more: Any) -> dict[str, Any]:
     """What identifies a run, for the file's header: environment, model, versions, and what the caller adds."""
     attributes = dict(envs.unwrapped.attributes)
     digest = hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()[:16]
@@ -140,20 +149,27 @@ def record(
     progress: Callable[[int], None] | None = None,
     **env_kwargs: Any,
 ) -> int:
-    """Log episodes of a policy to a trajectory file (design section 6); returns the number of rows in it.
+    """Log episodes of a policy to a trajectory file; returns the number of rows in it.
 
     Args:
         policy: whose probabilities are logged as `behaviour_logprob`.
         episodes: number of episodes the file shall hold in the end.
         resume: go on with an existing file of the same run.
+        policy_name: what the file calls the policy; by default its repr. Resuming demands the same.
         progress: called with the number of episodes in the file, as it grows.
         env_kwargs: override what the id pins.
+
+    Raises:
+        LedeError: a bad argument, a policy that does not fit the environment, or a file that `TrajectoryWriter`
+            refuses.
     """
-    if episodes < 1:
-        raise LedeError(f"episodes={episodes} must be at least 1")
+    if episodes < 1 or num_envs < 1 or seed < 0:
+        raise LedeError(
+            f"episodes={episodes} and num_envs={num_envs} must be at least 1, and seed={seed} must not be negative"
+        )
     envs = make_player_envs(env_id, min(num_envs, episodes), **env_kwargs)
     try:
-        core = envs.unwrapped
+        core: Any = envs.unwrapped
         check_compatible(
             policy,
             core.attributes["model_fingerprint"],
@@ -161,7 +177,7 @@ def record(
             core.features,
             "exit",
         )
-        attributes = run_attributes(envs, env_id=env_id, seed=seed, policy=policy_name or type(policy).__name__)
+        attributes = run_attributes(envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy))
         with TrajectoryWriter(out, attributes, core.prompt_ids, core.features, resume=resume) as writer:
             finished: dict[int, Episode] = {}
             first = writer.episodes
@@ -171,6 +187,6 @@ def record(
                     writer.append(finished.pop(writer.episodes))
                 if progress:
                     progress(writer.episodes)
-        return writer.rows
+        return read_trajectories(out, columns=()).n_rows
     finally:
         envs.close()

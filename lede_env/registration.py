@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import gymnasium as gym
 
-# What every v0 id of the exit MDP pins; a model's own row adds to it.
-_EXIT = {
-    "backend": "live",
-    "task": "all",
-    "split": "train",
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "max_new_tokens": 128,
-    "features": "paper",
-    "reward": "paper",
-    "reward_kwargs": {},
-    "episode": "prompt",
-}
+from lede_env.envs.exit_config import ExitConfig
+from lede_env.errors import LedeError
 
+# Environment id -> every value it pins.
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "LEDE-Tiny-v0": {**_EXIT, "model": "tiny", "candidate_layers": (2, 3, 4, 6, 8), "cost_model": "tiny-cpu"},
+    "LEDE-Tiny-v0": asdict(ExitConfig(model="tiny", candidate_layers=(3, 4, 6, 8), cost_model="tiny-cpu")),
 }
 
 
 def pinned(env_id: str) -> dict[str, Any]:
     """The arguments an id pins."""
-    from lede_env.errors import LedeError
-
     if env_id not in ENVIRONMENTS:
         raise LedeError(f"environment {env_id!r} is unknown; known ids: {', '.join(ENVIRONMENTS)}")
     return ENVIRONMENTS[env_id]

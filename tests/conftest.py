@@ -7,7 +7,15 @@ import torch
 
 from tests.small_models import save_random_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models: more threads only spin against whatever else runs
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded model, float32 on the CPU."""
+    from lede_env import load_model
+
+    return load_model("tiny", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

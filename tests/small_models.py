@@ -1,7 +1,11 @@
-"""Small real models for the tests: randomly initialised checkpoints in Hugging Face form."""
+"""Small models and policies for the tests: random checkpoints in Hugging Face form, and one that follows a script."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
 import torch
 from transformers import (
     LlamaConfig,
@@ -11,6 +15,10 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from lede_env.engine.layered_lm import Geometry, Layer
+from lede_env.engine.signals import DRAFT_FEATURES
+from lede_env.policies import MLPPolicy
 
 SIZES = dict(
     vocab_size=97,
@@ -62,3 +70,80 @@ def save_random_model(folder, architecture="llama", *, late_scale=1.0, early=2, 
             layer.mlp.down_proj.weight *= late_scale
     model.eval().save_pretrained(folder)
     return model
+
+
+def scripted_model(donor, ids, wrong=()):
+    """A 4-layer model with the donor's tokenizer whose greedy text after `ids[0]` is `ids[1:]`, then `ids` again.
+
+    Layers 1 and 2 agree with the full depth except at the indices of `ids` in `wrong`, which they draft wrongly; so
+    a test can lay out every round by hand. How: layers pass the residual on, the head maps each token's embedding to
+    its successor, and layer 3 adds a constant channel that vetoes the wrong drafts.
+    """
+    assert len(set(ids)) == len(ids), "each token has one successor: no token may come twice"
+    hidden, dim, vocab = 64, donor.geometry.head_dim, donor.geometry.vocab
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(vocab, hidden, generator=generator, dtype=torch.float64))
+    embedding[:, 0] = 0.0  # the veto's channel
+    head = torch.zeros(hidden, vocab, dtype=torch.float64)
+    spare = iter(token for token in range(vocab) if token not in ids)
+    for index, (token, successor) in enumerate(pairwise([*ids, ids[0]]), 1):
+        head[:, successor] += embedding[token]
+        if index in wrong:
+            draft = next(spare)
+            head[:, draft] += 2.0 * embedding[token]
+            head[0, draft] = -10.0
+    layers = []
+    for number in range(1, 5):
+        out = torch.zeros(dim, hidden, dtype=torch.float64)
+        out[0, 0] = float(number == 3)
+        layers.append(
+            Layer(
+                attention_norm=torch.ones(hidden, dtype=torch.float64),
+                qkv=torch.zeros(hidden, 3 * dim, dtype=torch.float64),
+                qkv_bias=torch.ones(3 * dim, dtype=torch.float64),
+                out=out,
+                mlp_norm=torch.ones(hidden, dtype=torch.float64),
+                gate_up=torch.zeros(hidden, 2, dtype=torch.float64),
+                down=torch.zeros(1, hidden, dtype=torch.float64),
+            )
+        )
+    return replace(
+        donor,
+        name="scripted",
+        weights="checkpoint",
+        geometry=Geometry(4, hidden, 1, 1, dim, 1, vocab, donor.geometry.context),
+        candidate_layers=(1, 2, 3),
+        eos_ids=(),
+        dtype=torch.float64,
+        embedding=embedding,
+        layers=tuple(layers),
+        final_norm=torch.ones(hidden, dtype=torch.float64),
+        head=head,
+        norm_eps=donor.norm_eps.double(),
+        rope=donor.rope.to(torch.complex128),
+    )
+
+
+class CoinPolicy:
+    """Exits by the toss of a seeded coin, so that exit layers and draft lengths vary within a text."""
+
+    features = ("confidence", "trace")
+
+    def __init__(self, seed=0, p=0.5):
+        self.rng, self.p = np.random.default_rng(seed), p
+
+    def exit_probability(self, observations):
+        return (self.rng.random(len(observations)) < self.p).astype(float)
+
+
+def untrained_policy(lm, seed=0, **changes):
+    """An MLP policy with random weights, made for `lm`; `changes` falsify what its card says."""
+    policy = MLPPolicy.random(DRAFT_FEATURES, hidden=(16,), seed=seed)
+    card = dict(
+        mdp="draft",
+        candidate_layers=lm.candidate_layers,
+        n_layers=lm.n_layers,
+        model_fingerprint=lm.fingerprint,
+        model_name=lm.name,
+    )
+    return replace(policy, **{**card, **changes})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +55,7 @@ def steps(trainer: Trainer, streams: dict[str, np.ndarray], count: int) -> None:
 
 
 def test_resume_is_exact(args: Train, tmp_path: Path) -> None:
-    streams = corpus.load_tokens(args.data, "train")
+    streams = corpus.load_tokens(args.data)
     whole, first, second = (Trainer(args, 0, 1, torch.device("cpu")) for _ in range(3))
     before = whole.weights["model.norm.weight"].clone()
     steps(whole, streams, 10)
@@ -109,7 +112,7 @@ def test_run_resumes_after_a_session(args: Train) -> None:
 
 
 def test_windows_depend_on_seed_step_and_rank(args: Train) -> None:
-    streams = corpus.load_tokens(args.data, "train")
+    streams = corpus.load_tokens(args.data)
     windows = sample_windows(streams, args, step=3, rank=1)
     assert windows.shape == (3, SHAPE.context + 1)
     assert torch.equal(windows, sample_windows(streams, args, step=3, rank=1))
@@ -237,3 +240,39 @@ def test_split_depends_on_the_document_alone(tmp_path: Path) -> None:
     assert 1 <= len(held) <= 20
     assert set(corpus.read_documents(tmp_path / "prose.heldout.txt.xz")) == set(held) & set(texts[:300])
     assert corpus.read_documents(tmp_path / "prose.train.txt.xz") != sorted(texts[:300])  # shuffled
+
+
+def test_evaluation_reads_the_models_tokenizer_and_the_domains_there_are(args: Train, tmp_path: Path) -> None:
+    run_training(replace(args, steps=2))
+    both = json.loads((args.out / "evaluation.json").read_text())
+    python_alone = tmp_path / "rebuilt"
+    python_alone.mkdir()
+    shutil.copy(args.data / "python.heldout.txt.xz", python_alone)
+    assert evaluation.evaluate(args.out / "model", python_alone, "cpu") == {"python": both["python"]}
+    with pytest.raises(LedeError, match="no held-out text"):
+        evaluation.evaluate(args.out / "model", tmp_path, "cpu")
+
+
+def test_corpus_is_the_same_whatever_the_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"package{i}" for i in range(12)]
+    (tmp_path / "wheels.txt").write_text("# a comment\n" + "".join(f"{n}==1  # MIT\n" for n in names))
+    rng = random.Random()
+
+    def download(requirement: str) -> corpus.Package:
+        time.sleep(rng.random() / 50)
+        name, _, version = requirement.partition("==")
+        shared, own = "shared\n", [f"{name} document {i}\n" for i in range(40)]
+        return corpus.Package(name, version, "MIT", [shared, *own])
+
+    monkeypatch.setattr(corpus, "WHEEL_LIST", tmp_path / "wheels.txt")
+    monkeypatch.setattr(corpus, "download", download)
+    corpus.write_documents(tmp_path / "prose.txt.xz", [f"Tale {i}." for i in range(300)])
+    alone = corpus.build_corpus(tmp_path / "a")
+    again = corpus.build_corpus(tmp_path / "b")
+    with_prose = corpus.build_corpus(tmp_path / "c", tmp_path / "prose.txt.xz")
+    assert alone == again == json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert alone["packages"] == with_prose["packages"]
+    assert [p["files"] for p in alone["packages"]] == [41] + [40] * 11
+    assert set(alone["files"]) == {"python.train.txt.xz", "python.heldout.txt.xz"}
+    assert set(with_prose["files"]) == {f"{d}.{p}.txt.xz" for d in corpus.DOMAINS for p in ("train", "heldout")}
+    assert alone["files"].items() <= with_prose["files"].items()

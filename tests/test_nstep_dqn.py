@@ -148,6 +148,7 @@ def episode_arrays(terminal: bool) -> dict:
         "actions": np.zeros(3, np.uint8),
         "rewards": np.array([1.0, 2.0, 4.0], np.float32),
         "discount": np.ones(3, np.float32),
+        "forced": np.array([False, False, True]),
         "terminals": np.array([False, terminal, False]),
         "timeouts": np.array([False, not terminal, True]),
     }
@@ -164,6 +165,12 @@ def test_termination_never_bootstraps():
     batch = transitions(episode_arrays(terminal=True), lambda x: x[:, :1], n=3, gamma=0.5)
     np.testing.assert_allclose(batch["returns"], [2.0, 2.0, 4.0])
     np.testing.assert_allclose(batch["factor"], [0.0, 0.0, 0.5])
+
+
+def test_a_forced_exit_is_learned_as_an_exit():
+    batch = transitions(episode_arrays(terminal=False), lambda x: x, n=1, gamma=0.5)
+    assert batch["actions"].tolist()[:2] == episode_arrays(terminal=False)["actions"].tolist()[:2]
+    assert batch["actions"][2] == 1
 
 
 def test_one_step_bootstraps_from_the_next_row():

@@ -14,7 +14,7 @@ from lede_env.decoding.strategies import Autoregressive, Control, Strategy
 from lede_env.decoding.text import TextStream
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, greedy_match, speculative_match
 from lede_env.engine.layered_lm import LayeredLM
-from lede_env.engine.round import DRAFT_CAP, Counts, Round, draft_limit
+from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
 from lede_env.engine.signals import Signals, TraceWindow
 from lede_env.errors import LedeError
@@ -120,34 +120,42 @@ def generate(
         A Generation, or a list of them for a batch.
     """
     prompts, single = _as_batch(prompt)
-    rows: list[_Row] = []
+    strategy = strategy or Autoregressive()
+    sampling = Sampling(temperature, top_k, top_p)
+    rows = _make_rows(lm, prompts, strategy, max_new_tokens, seed, stop)
     times = _Times()
-    for _ in _decode(
-        lm, prompts, strategy, max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop, rows, times
-    ):
+    for _ in _rounds(lm, rows, sampling, times):
         pass
-    results = [_result(lm, row, strategy or Autoregressive(), times) for row in rows]
+    results = [_result(lm, row, strategy, times) for row in rows]
     return results[0] if single else results
 
 
-def stream(lm: LayeredLM, prompt: str | Sequence[Any], **kwargs: Any) -> Iterator[Piece]:
+def stream(
+    lm: LayeredLM,
+    prompt: str | Sequence[Any],
+    *,
+    strategy: Strategy | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+) -> Iterator[Piece]:
     """As `generate`, for one prompt, yielding a Piece a round. The pieces' texts join to `generate`'s text."""
     prompts, single = _as_batch(prompt)
     if not single:
         raise LedeError(f"stream takes one prompt, got a batch of {len(prompts)}; use generate for a batch")
-    options: dict[str, Any] = dict(
-        temperature=0.0, top_k=0, top_p=1.0, strategy=None, max_new_tokens=128, seed=0, stop=()
-    )
-    unknown = set(kwargs) - set(options)
-    if unknown:
-        raise LedeError(f"stream has no argument {sorted(unknown)[0]!r}; it takes {', '.join(options)}")
-    options |= kwargs
-    sampling = Sampling(options["temperature"], options["top_k"], options["top_p"])
-    rows: list[_Row] = []
-    arguments = (options["strategy"], options["max_new_tokens"], sampling, options["seed"], options["stop"])
-    for _ in _decode(lm, prompts, *arguments, rows, _Times(), streaming=True):
-        yield Piece(rows[0].text.take() if rows[0].text else "", rows[0].round)
-    yield Piece(rows[0].text.take(last=True) if rows[0].text else "", None)
+    sampling = Sampling(temperature, top_k, top_p)
+    rows = _make_rows(lm, prompts, strategy or Autoregressive(), max_new_tokens, seed, stop, streaming=True)
+    return _pieces(lm, rows, sampling)
+
+
+def _pieces(lm: LayeredLM, rows: list[_Row], sampling: Sampling) -> Iterator[Piece]:
+    row = rows[0]
+    for _ in _rounds(lm, rows, sampling, _Times()):
+        yield Piece(row.text.take() if row.text else "", row.round)
+    yield Piece(row.text.take(last=True) if row.text else "", None)
 
 
 @dataclass
@@ -156,44 +164,14 @@ class _Times:
     decode: float = 0.0
 
 
-def _decode(
-    lm: LayeredLM,
-    prompts: list[Any],
-    strategy: Strategy | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stop: str | Sequence[str],
-    rows: list[_Row],
-    times: _Times,
-    streaming: bool = False,
-) -> Iterator[None]:
-    """Fill `rows`, then play rounds, yielding after each, until all rows are done."""
-    if max_new_tokens < 1:
-        raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    strategy = strategy or Autoregressive()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise LedeError("a stop string is empty; it would end every text at once")
-    rows += [
-        _make_row(
-            lm,
-            index,
-            prompt,
-            strategy,
-            max_new_tokens,
-            derive_seed(seed, index) if index else seed,
-            stops,
-            streaming,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, times: _Times) -> Iterator[None]:
+    """Prefill, then play rounds, yielding after each, until all rows are done."""
     capacity = max(len(row.prompt_ids) + row.budget for row in rows)
-    with torch.inference_mode(), lm.session(len(rows), capacity, DRAFT_CAP + 1) as session:
-        clock = time.perf_counter()
-        for row in rows:
-            session.prefill(row.index, row.prompt_ids[:-1])
-        times.prefill = _elapsed(lm, clock)
+    width = max(row.control.cap for row in rows) + 1
+    with lm.session(len(rows), capacity, width) as session:
+        begin = time.perf_counter()
+        _prefill(session, rows)
+        times.prefill = _elapsed(lm, begin)
         begin = time.perf_counter()
         active = rows
         while active:
@@ -205,6 +183,14 @@ def _decode(
             yield
 
 
+# Inference mode is entered call by call: around a `yield` it would leak into the code that consumes the stream.
+@torch.inference_mode()
+def _prefill(session: Session, rows: list[_Row]) -> None:
+    for row in rows:
+        session.prefill(row.index, row.prompt_ids[:-1])
+
+
+@torch.inference_mode()
 def play_round(session: Session, rows: list[_Row], sampling: Sampling) -> None:
     """One round of every row, in lockstep, by the round protocol of design section 4."""
     lm = session.lm
@@ -300,35 +286,48 @@ def _collect(lm: LayeredLM, row: _Row) -> None:
         row.control.learn(round_)
 
 
-def _make_row(
+def _make_rows(
     lm: LayeredLM,
-    index: int,
-    prompt: Any,
+    prompts: list[Any],
     strategy: Strategy,
     max_new_tokens: int,
     seed: int,
-    stop: tuple[str, ...],
-    streaming: bool,
-) -> _Row:
-    ids = lm.encode(prompt)
-    room = lm.geometry.context - len(ids)
-    if room < 1:
-        raise LedeError(
-            f"the prompt has {len(ids)} tokens and {lm.name}'s context is {lm.geometry.context}; "
-            f"shorten it to at most {lm.geometry.context - 1}"
+    stop: str | Sequence[str],
+    streaming: bool = False,
+) -> list[_Row]:
+    """A row for each prompt, its arguments checked."""
+    if max_new_tokens < 1:
+        raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise LedeError("stop='' would end every text at once; give a string of at least one character, or stop=()")
+    if stops and lm.tokenizer is None:
+        raise LedeError(f"stop={stops!r} needs a tokenizer, and model {lm.name!r} has none; leave it out")
+    rows = []
+    for index, prompt in enumerate(prompts):
+        ids = lm.encode(prompt)
+        room = lm.geometry.context - len(ids)
+        if room < 1:
+            raise LedeError(
+                f"the prompt has {len(ids)} tokens and {lm.name}'s context is {lm.geometry.context}; "
+                f"shorten it to at most {lm.geometry.context - 1}"
+            )
+        row_seed = derive_seed(seed, index) if index else seed
+        rows.append(
+            _Row(
+                index=index,
+                prompt_ids=ids,
+                control=strategy.start(lm),
+                draws=Draws(row_seed),
+                seed=row_seed,
+                budget=min(max_new_tokens, room),
+                pending=ids[-1],
+                out_of="length" if max_new_tokens <= room else "context",
+                needs_trace=strategy.needs_trace,
+                text=TextStream(lm, stops) if stops or (streaming and lm.tokenizer is not None) else None,
+            )
         )
-    return _Row(
-        index=index,
-        prompt_ids=ids,
-        control=strategy.start(lm),
-        draws=Draws(seed),
-        seed=seed,
-        budget=min(max_new_tokens, room),
-        pending=ids[-1],
-        out_of="length" if max_new_tokens <= room else "context",
-        needs_trace=strategy.needs_trace,
-        text=TextStream(lm, stop) if stop or (streaming and lm.tokenizer is not None) else None,
-    )
+    return rows
 
 
 def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Geometry:
     context: int  # most positions the model was trained for
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayeredLM:
     """Immutable weights of a Llama, Mistral or Qwen2 model, on one device.
 
@@ -68,11 +70,14 @@ class LayeredLM:
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
     folder: str | None = field(default=None)
 
+    def __repr__(self) -> str:
+        return f"LayeredLM({self.name!r}, {self.weights}, {self.n_layers} layers, {self.dtype}, {self.device})"
+
     @property
     def n_layers(self) -> int:
         return self.geometry.n_layers
 
-    def session(self, batch: int, capacity: int, width: int = 13) -> Session:
+    def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1) -> Session:
         """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round."""
         from lede_env.engine.session import Session
 
@@ -101,11 +106,7 @@ class LayeredLM:
         heads, kv_heads, dim = self.geometry.heads, self.geometry.kv_heads, self.geometry.head_dim
         qkv = qkv.view(shape[0], shape[1], heads + 2 * kv_heads, dim)  # (R, Q, heads, D)
         queries, keys = rotate(qkv[:, :, : heads + kv_heads], turn).split((heads, kv_heads), dim=2)
-        keys, values = cache.write(index, span, keys, qkv[:, :, heads + kv_heads :])
-        out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=span.mask, enable_gqa=heads != kv_heads
-        )
-        return out.transpose(1, 2).reshape(-1, heads * dim)
+        return cache.attend(index, span, queries, keys, qkv[:, :, heads + kv_heads :])
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
@@ -121,12 +122,18 @@ class LayeredLM:
                 raise LedeError(f"model {self.name!r} has no chat template; pass a text or token ids")
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            bad = [token for token in ids if not 0 <= token < self.geometry.vocab]
-            if bad:
-                raise LedeError(f"token id {bad[0]} is outside the vocabulary, 0..{self.geometry.vocab - 1}")
+            try:
+                ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+            except TypeError as error:
+                raise LedeError(f"prompt {prompt!r:.80} is neither a text, chat messages nor token ids") from error
         if not ids:
             raise LedeError("the prompt is empty; give at least one character or one token id")
+        outside = [token for token in ids if not 0 <= token < self.geometry.vocab]
+        if outside:
+            raise LedeError(
+                f"token id {outside[0]} is outside the vocabulary of {self.name!r}: ids go from 0 to "
+                f"{self.geometry.vocab - 1}; encode the prompt with this model's tokenizer"
+            )
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -21,7 +21,8 @@ class Session:
     Between rounds, `lengths[row]` positions of a row have keys and values in every layer. A round opens slots
     after them: slot i holds the round's i-th token (slot 0 the pending one), its state `hidden[row, i]` and
     `depth[row][i]`, the layers it has been through. Depths never rise along a row, because a slot cannot pass a
-    layer before the slots in front of it: those that wait below ride along (design section 4).
+    layer before the slots in front of it: those that wait below ride along (design section 4). Lists of rows are
+    ascending.
 
     Use it as a context manager: a session in use refuses a second user, and leaves by any exception usable.
     """

@@ -63,7 +63,8 @@ def raw_signals(logits: Tensor) -> Tensor:
     if top.shape[-1] < TOP:
         top = torch.nn.functional.pad(top, (0, TOP - top.shape[-1]), value=LOG_FLOOR)
     entropy = -(log_p.exp() * log_p.clamp_min(-1e30)).sum(-1, keepdim=True)
-    return torch.cat([top.clamp_min(LOG_FLOOR), entropy.clamp_min(0.0)], dim=-1)
+    entropy = entropy.clamp(0.0, math.log(log_p.shape[-1]))  # rounding alone would pass the bounds
+    return torch.cat([top.clamp_min(LOG_FLOOR), entropy], dim=-1)
 
 
 def compute_features(
@@ -133,7 +134,7 @@ class Signals:
 
     @property
     def raw(self) -> np.ndarray:
-        """(RAW,) float32."""
+        """(RAW,) of the logits' type."""
         if self._raw is None:
             self._raw = raw_signals(self.logits.unsqueeze(0))[0].cpu().numpy()
         return self._raw

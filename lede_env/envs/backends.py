@@ -13,9 +13,9 @@ import torch
 
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, draw
 from lede_env.engine.layered_lm import LayeredLM
-from lede_env.engine.signals import RAW, TraceWindow, compute_features
+from lede_env.engine.signals import RAW, TraceWindow, compute_features, raw_signals
 from lede_env.errors import LedeError
-from lede_env.tasks import Prompt, fit_prompt, load_prompts
+from lede_env.tasks import Prompt, fit_prompt
 
 
 class LiveBackend:
@@ -37,7 +37,7 @@ class LiveBackend:
         features: tuple[str, ...],
     ):
         room = lm.geometry.context - max_new_tokens - 1
-        if room < 1:
+        if room < 2:
             raise LedeError(
                 f"max_new_tokens={max_new_tokens} leaves no room in {lm.name}'s context of {lm.geometry.context}"
             )
@@ -124,15 +124,5 @@ class LiveBackend:
 
 def _raw_and_top1(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(C + 1, N, V) logits -> raw signals of the candidates (C, N, RAW), and -log p_max at full depth (N,)."""
-    from lede_env.engine.signals import raw_signals
-
     raw = raw_signals(logits.flatten(0, 1)).view(*logits.shape[:2], RAW).float().cpu().numpy()
     return raw[:-1], -raw[-1, :, 0]
-
-
-def open_prompts(task: str, split: str) -> list[Prompt]:
-    """The prompts of a task and split; an empty selection is an error."""
-    prompts = load_prompts(task, split)
-    if not prompts:
-        raise LedeError(f"task={task!r}, split={split!r} selects no prompts")
-    return prompts

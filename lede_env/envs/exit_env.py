@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.rendering import render_token
 from lede_env.errors import LedeError
@@ -27,8 +28,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     change the text: every token is a stopping problem of its own.
 
     ## Action Space
-    `Discrete(2)`: 0 continues to the next candidate layer, 1 exits here. At the last candidate either action exits
-    (then `info["forced"]` is true if the action was 0).
+    `Discrete(2)`: 0 continues to the next candidate layer, 1 exits here. At the last candidate either action exits;
+    `info["forced"]` says that one did against the action.
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution at the layer just reached, always at
@@ -39,7 +40,7 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     |-----|------------|-----------------------------------------------------------------|-----|--------|
     | 0   | confidence | mean of -log p over the 5 most probable tokens                  | 0   | 30     |
     | 1   | entropy    | entropy of the distribution, nats                               | 0   | ln V   |
-    | 2   | trace      | mean of -log p_max at full depth over the last 8 tokens; 0 at the start | 0 | 30   |
+    | 2   | trace      | mean of -log p_max at full depth over the last 8 tokens; 0 first | 0  | 30     |
     | 3   | layer      | layers run over all layers, e / L                               | 0   | 1      |
     | 4   | margin     | log p of the best token minus log p of the second               | 0   | 30     |
     | 5   | top1       | -log p of the best token                                        | 0   | 30     |
@@ -54,21 +55,42 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Starting State
     The first candidate layer of the first new token of a prompt. An unseeded reset draws the prompt by `np_random`;
-    `reset(options={"prompt_id": "code/0001"})` chooses it. `info["prompt_id"]` names it.
+    `reset(options={"prompt_id": "code/0001"})` chooses it. `info["prompt_id"]` names it; `prompt_ids` lists them all.
+    A prompt too long for the model's context is cut, as `lede_env.tasks.fit_prompt` says.
 
     ## Episode End
     Termination: the full-depth token of the exit was an end-of-sequence token. Truncation: `max_new_tokens` tokens
-    have been produced. With `episode="token"` every exit terminates, and the next `reset()` without a `prompt_id` goes
-    on to the next token of the same prompt. After termination the observation is all zeros, and means nothing.
+    have been produced. With `episode="token"` every exit ends an episode (terminates it, but for the last token's), and
+    the next `reset()` without seed and `prompt_id` goes on to the next token of the same prompt, or to a new prompt
+    where there is none. After an end-of-sequence token the observation is all zeros, and means nothing.
 
     ## Info
     Of the observation returned: `prompt_id, token_index, layer`. Of the action taken: `cost` (modelled, in
     autoregressive steps: the layers and the exit check that led to the observation it was taken on), `discount`,
-    `forced`, `reward_terms`; and if it exited, `exit_layer, draft_token, target_token, accepted`, never earlier.
+    `forced`, `reward_terms` (a dict of `accepted`, `rejected` and `continue`, which add up to the reward); and if it
+    exited, `exit_layer, draft_token, target_token, accepted`, never earlier.
 
     ## Arguments
-    Every value pinned by the id can be overridden: `gym.make("LEDE-Tiny-v0", task="code", split="test",
-    features="extended", temperature=0.6, max_new_tokens=64, episode="token", device="cuda")`.
+    Every value pinned by the id can be overridden: `gym.make("LEDE-Tiny-v0", task="code", max_new_tokens=64)`.
+
+    | Name                            | Default          | Meaning                                                  |
+    |---------------------------------|------------------|----------------------------------------------------------|
+    | `model`                         | by id            | zoo name, Hugging Face hub id, or local folder           |
+    | `candidate_layers`              | by id            | where the agent may exit, ascending, within 1..L-1       |
+    | `cost_model`                    | by id            | a shipped one's name, or a JSON file; for `info["cost"]` |
+    | `task`                          | `"all"`          | prompts: a task, or the path of a `.jsonl` file          |
+    | `split`                         | `"train"`        | `train`, `validation`, `test` or `all`                   |
+    | `features`                      | `"paper"`        | `"paper"`, `"extended"`, or a tuple of names             |
+    | `reward`, `reward_kwargs`       | `"paper"`, `{}`  | see Rewards                                              |
+    | `temperature`, `top_k`, `top_p` | 0, 0, 1          | of the tokens' draws; 0 is greedy                        |
+    | `max_new_tokens`                | 128              | tokens until truncation                                  |
+    | `episode`                       | `"prompt"`       | `"prompt"` or `"token"`, see Episode End                 |
+    | `device`, `dtype`               | `"auto"`, `None` | of the model; float32 on the CPU, bfloat16 on CUDA       |
+    | `backend`                       | `"live"`         | where tokens come from: the language model itself        |
+    | `render_mode`                   | `None`           | `"ansi"`: one line, the current token's walk             |
+
+    At a temperature above 0 the target token is drawn at full depth and each layer's draft is coupled to it, so that
+    it has the layer's distribution and equals the target as often as speculative sampling accepts.
 
     ## Version History
     * v0: initial version.
@@ -76,48 +98,10 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
 
     metadata = {"render_modes": ["ansi"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's form
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        candidate_layers: Sequence[int],
-        backend: str = "live",
-        task: str = "all",
-        split: str = "train",
-        features: str | Sequence[str] = "paper",
-        reward: str = "paper",
-        reward_kwargs: Mapping[str, float] | None = None,
-        cost_model: str,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        max_new_tokens: int = 128,
-        episode: str = "prompt",
-        device: str = "auto",
-        dtype: str | None = None,
-        render_mode: str | None = None,
-    ):
+    def __init__(self, *, render_mode: str | None = None, **kwargs: Any):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise LedeError(f"render_mode={render_mode!r} is unknown; use one of {self.metadata['render_modes']}")
-        self._mdp = make_exit_mdp(
-            1,
-            model=model,
-            candidate_layers=candidate_layers,
-            backend=backend,
-            task=task,
-            split=split,
-            features=features,
-            reward=reward,
-            reward_kwargs=reward_kwargs or {},
-            cost_model=cost_model,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            episode=episode,
-            device=device,
-            dtype=dtype,
-        )
+        self._mdp = make_exit_mdp(ExitConfig.parse(kwargs), lanes=1)
         self.render_mode = render_mode
         self.observation_space = self._mdp.observation_space
         self.action_space = spaces.Discrete(2)
@@ -135,27 +119,26 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        chosen = (options or {}).get("prompt_id")
+        prompt_id = (options or {}).get("prompt_id")
+        chosen = None if prompt_id is None else self._mdp.prompt_index(prompt_id)
         if self._prompt_over or not self._mdp.token_episodes or seed is not None or chosen is not None:
             prompt, draw_seed = self._mdp.choose_prompt(self.np_random, chosen)
             self._table.start(0, prompt, draw_seed)
             self._prompt_id, self._token, self._prompt_over = self.prompt_ids[prompt], 0, False
         self._candidate, self._running, self._exited = 0, True, None
-        self._table.ensure(0, self._token)
-        return self._observation(), self._info(cost=0.0, discount=1.0, forced=False, reward_terms={})
+        return self._observation(), self._info()
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self._running:
             raise LedeError("step() before reset(), or after the episode ended; call reset() first")
-        if action not in (0, 1):
+        if not self.action_space.contains(action):
             raise LedeError(f"action {action!r} is not in the action space: 0 continues, 1 exits")
         cost = float(self._mdp.step_cost[self._candidate])
         if action == EXIT or self._candidate == len(self._mdp.candidate_layers) - 1:
-            return self._exit(cost, forced=action != EXIT)
+            return self._exit(cost, forced=bool(action != EXIT))
         self._candidate += 1
         reward = self._mdp.reward.continue_
-        info = self._info(cost=cost, discount=1.0, forced=False, reward_terms={"continue": reward})
-        return self._observation(), reward, False, False, info
+        return self._observation(), reward, False, False, self._info({"continue": reward}, cost=cost)
 
     def _exit(self, cost: float, forced: bool) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Leave at the current candidate, score the draft, move to the next token."""
@@ -168,14 +151,9 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         self._prompt_over = ended or truncated
         self._running = not (self._prompt_over or mdp.token_episodes)
         self._token, self._candidate = token + 1, 0
-        if ended:
-            observation = np.zeros(len(mdp.features), np.float32)
-        else:
-            table.ensure(0, self._token)
-            observation = self._observation()
+        observation = np.zeros(len(mdp.features), np.float32) if ended else self._observation()
         terms = {"accepted" if accepted else "rejected": reward}
-        info = self._info(cost=cost, discount=0.0, forced=forced, reward_terms=terms)
-        info |= {
+        info = self._info(terms, cost=cost, discount=0.0, forced=forced) | {
             "exit_layer": mdp.candidate_layers[candidate],
             "draft_token": int(table.drafts[token, candidate]),
             "target_token": int(table.targets[token]),
@@ -184,14 +162,25 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         return observation, reward, ended or (mdp.token_episodes and not truncated), truncated, info
 
     def _observation(self) -> np.ndarray:
+        self._table.ensure(0, self._token)
         return self._table.observations[self._token, self._candidate].copy()
 
-    def _info(self, **of_action: Any) -> dict[str, Any]:
+    def _info(
+        self,
+        reward_terms: Mapping[str, float] | None = None,
+        cost: float = 0.0,
+        discount: float = 1.0,
+        forced: bool = False,
+    ) -> dict[str, Any]:
+        """The info of where the environment stands, and of the action that led there (none: a reset)."""
         return {
             "prompt_id": self._prompt_id,
             "token_index": self._token,
             "layer": self._mdp.candidate_layers[self._candidate],
-            **of_action,
+            "cost": cost,
+            "discount": discount,
+            "forced": forced,
+            "reward_terms": {"accepted": 0.0, "rejected": 0.0, "continue": 0.0, **(reward_terms or {})},
         }
 
     def render(self) -> str | None:

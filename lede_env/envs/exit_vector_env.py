@@ -11,67 +11,47 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT
+from lede_env.policies import CONTINUE, EXIT
 
 
-class SpeculativeExitVectorEnv(VectorEnv):
-    """`gym.make_vec("LEDE-Tiny-v0", num_envs=N)`: N `SpeculativeExitEnv`s whose results do not depend on N.
+class SpeculativeExitVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """
+    ## Description
+    `gym.make_vec("LEDE-Tiny-v0", num_envs=N)`: N `SpeculativeExitEnv`s, which see for spaces, rewards and arguments.
+    Environment i, reset with seed s + i, does what the single one does with that seed, whatever N is.
 
-    `autoreset_mode` is SAME_STEP by default; NEXT_STEP and DISABLED (with `reset(options={"reset_mask": ...})`) work
-    as in Gymnasium. `reset(options={"prompt_ids": [...]})` chooses the prompts, one a sequence. Infos are arrays:
-    every key of the single environment, with a mask `_key`; the final ones of an episode under `final_info`.
+    ## Resets
+    `autoreset_mode` is `SAME_STEP` by default; `NEXT_STEP` and `DISABLED` work as in Gymnasium too;
+    under `DISABLED` an episode that has ended sleeps until it is reset: reward 0, no flags, its action ignored.
+    `reset(seed=)` takes a seed, or one each. `options={"reset_mask": ...}`, (N,) booleans, resets some and leaves the
+    others where they are; `options={"prompt_ids": [...]}` chooses the prompts, one each, None where the environment
+    shall draw it.
+
+    ## Info
+    Every key of the single environment as an array (N,), with a mask `_key` beside it, in `reward_terms` too. Keys
+    that only an exit has are -1 (`accepted`: false) where the mask is false.
+
+    One thing differs from Gymnasium's own vector environments. Keys of the action (`cost, discount, forced,
+    reward_terms, exit_layer, draft_token, target_token, accepted`) always describe the action just taken, also where
+    `SAME_STEP` has reset the environment in the same step, so no reader needs a special case for the last step of an
+    episode. `final_info` repeats the whole info of the episodes that have just ended, `final_obs` is (N, F); their rows
+    count where `_final_info` and `_final_obs` are true.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012 - Gymnasium's form
 
     def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        model: str,
-        candidate_layers: Sequence[int],
-        backend: str = "live",
-        task: str = "all",
-        split: str = "train",
-        features: str | Sequence[str] = "paper",
-        reward: str = "paper",
-        reward_kwargs: Mapping[str, float] | None = None,
-        cost_model: str,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        max_new_tokens: int = 128,
-        episode: str = "prompt",
-        device: str = "auto",
-        dtype: str | None = None,
+        self, num_envs: int = 1, *, autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP, **kwargs: Any
     ):
         if num_envs < 1:
             raise LedeError(f"num_envs={num_envs} must be at least 1")
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self._mdp = make_exit_mdp(
-            num_envs,
-            model=model,
-            candidate_layers=candidate_layers,
-            backend=backend,
-            task=task,
-            split=split,
-            features=features,
-            reward=reward,
-            reward_kwargs=reward_kwargs or {},
-            cost_model=cost_model,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            episode=episode,
-            device=device,
-            dtype=dtype,
-        )
+        self._mdp = make_exit_mdp(ExitConfig.parse(kwargs), lanes=num_envs)
         self.single_observation_space = self._mdp.observation_space
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -82,45 +62,52 @@ class SpeculativeExitVectorEnv(VectorEnv):
         self.attributes = self._mdp.attributes
         self._layers = np.array(self._mdp.candidate_layers)
         self._names = np.array(self.prompt_ids, dtype=object)
-        self._rngs: list[np.random.Generator] = []
+        self._rngs: list[np.random.Generator] = []  # none before the first reset
         self._prompt = np.zeros(num_envs, np.int64)
         self._token = np.zeros(num_envs, np.int64)
         self._candidate = np.zeros(num_envs, np.int64)
-        self._prompt_over = np.ones(num_envs, bool)
+        self._prompt_over = np.ones(num_envs, bool)  # the next reset begins a prompt, whatever `episode` says
         self._over = np.ones(num_envs, bool)  # the episode ended and was not reset
-        self._blank = np.zeros(num_envs, bool)  # the text ended: there is no next observation
+        self._blank = np.ones(num_envs, bool)  # the text ended (or never began): there is no observation
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        options = dict(options or {})
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
-        chosen = options.get("prompt_ids", [None] * self.num_envs)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-            raise LedeError(f"reset_mask must be {self.num_envs} booleans, at least one true; got {mask!r}")
-        if len(chosen) != self.num_envs:
-            raise LedeError(f"prompt_ids names {len(chosen)} prompts for {self.num_envs} sequences; give one each")
-        seeds = (
-            list(seed)
-            if isinstance(seed, Sequence)
-            else [seed + i if seed is not None else None for i in range(self.num_envs)]
-        )
-        if len(seeds) != self.num_envs:
-            raise LedeError(f"seed lists {len(seeds)} seeds for {self.num_envs} sequences; give one each")
+        mask, chosen = self._checked_options(options or {})
+        seeds = self._checked_seeds(seed)
         if not self._rngs:
             self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         for lane in np.flatnonzero(mask).tolist():
             if seeds[lane] is not None:
                 self._rngs[lane] = seeding.np_random(seeds[lane])[0]
             self._begin(lane, chosen[lane], fresh=seeds[lane] is not None or chosen[lane] is not None)
-        blank = np.zeros(self.num_envs)
-        info = {"cost": blank, "discount": blank + 1.0, "forced": blank.astype(bool)}
-        return self._observations(), self._infos() | info
+        nobody = np.zeros(self.num_envs, bool)
+        return self._observations(), self._infos() | self._outcome(np.full(self.num_envs, CONTINUE), nobody)
 
-    def _begin(self, lane: int, prompt_id: str | None = None, fresh: bool = False) -> None:
-        """Start the lane's next episode."""
+    def _checked_options(self, options: Mapping[str, Any]) -> tuple[np.ndarray, list[int | None]]:
+        """Which sequences to reset (N,), and the index of each one's prompt, None where it is to be drawn."""
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise LedeError(f"reset_mask must be {self.num_envs} booleans, at least one true; got {mask!r}")
+        names = options.get("prompt_ids", [None] * self.num_envs)
+        if isinstance(names, str) or len(names) != self.num_envs:
+            raise LedeError(f"prompt_ids must be a list of {self.num_envs} prompts, one an environment; got {names!r}")
+        return mask, [None if name is None else self._mdp.prompt_index(name) for name in names]
+
+    def _checked_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        """One seed each; an int s stands for s, s + 1, ..."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + lane for lane in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise LedeError(f"seed lists {len(seed)} seeds for {self.num_envs} environments; give one each")
+        return [None if each is None else int(each) for each in seed]
+
+    def _begin(self, lane: int, prompt: int | None = None, fresh: bool = False) -> None:
+        """Start the lane's next episode, on a new prompt unless token episodes are to go on with the old one."""
         if self._prompt_over[lane] or not self._mdp.token_episodes or fresh:
-            self._prompt[lane], draw_seed = self._mdp.choose_prompt(self._rngs[lane], prompt_id)
+            self._prompt[lane], draw_seed = self._mdp.choose_prompt(self._rngs[lane], prompt)
             self._table.start(lane, int(self._prompt[lane]), draw_seed)
             self._token[lane] = 0
         self._candidate[lane] = 0
@@ -128,71 +115,71 @@ class SpeculativeExitVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or ((actions != 0) & (actions != 1)).any():
+        if actions.shape != (self.num_envs,) or ((actions != CONTINUE) & (actions != EXIT)).any():
             raise LedeError(f"actions must be {self.num_envs} values out of 0 (continue) and 1 (exit), got {actions!r}")
         if not self._rngs:
             raise LedeError("step() before reset(); call reset() first")
-        waking = self._over.copy()  # NEXT_STEP: these sequences are reset by this step, their action ignored
-        if waking.any():
-            if self.autoreset_mode is AutoresetMode.DISABLED:
-                raise LedeError("step() after an episode ended; reset it with options={'reset_mask': ...} first")
-            for lane in np.flatnonzero(waking).tolist():
+        asleep = self._over
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:  # reset by this step, their action ignored
+            for lane in np.flatnonzero(asleep).tolist():
                 self._begin(lane)
-        rewards, terminated, truncated, action_info = self._act(actions, ~waking)
-        over = terminated | truncated
-        if self.autoreset_mode is not AutoresetMode.SAME_STEP or not over.any():
-            self._over = over
-            return self._observations(), rewards, terminated, truncated, self._infos() | action_info
-        final = {
-            "final_obs": self._observations(),
-            "_final_obs": over,
-            "final_info": self._infos() | action_info,
-            "_final_info": over,
-        }
-        for lane in np.flatnonzero(over).tolist():
-            self._begin(lane)
-        return self._observations(), rewards, terminated, truncated, self._infos() | action_info | final
+        outcome = self._outcome(actions, ~asleep)
+        terms = outcome["reward_terms"]
+        rewards = terms["accepted"] + terms["rejected"] + terms["continue"]
+        terminated, truncated = self._advance(outcome["_exit_layer"], ~asleep)
+        self._over = terminated | truncated
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            self._over |= asleep
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
+            ended = self._over
+            final = {"final_obs": self._observations(), "final_info": self._infos() | outcome}
+            outcome = outcome | _masked(final, ended)
+            self._over = np.zeros(self.num_envs, bool)
+            for lane in np.flatnonzero(ended).tolist():
+                self._begin(lane)
+        return self._observations(), rewards, terminated, truncated, self._infos() | outcome
 
-    def _act(self, actions: np.ndarray, awake: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Apply the actions of the lanes that are awake; returns rewards, terminated, truncated and their infos."""
-        table, reward = self._table, self._mdp.reward
-        candidate, row = self._candidate, self._table.base + self._token
+    def _outcome(self, actions: np.ndarray, awake: np.ndarray) -> dict[str, Any]:
+        """Info of the actions of the lanes that are awake; for the others, that of a reset."""
+        table, reward, candidate = self._table, self._mdp.reward, self._candidate
+        row = table.base + self._token
         last = candidate == len(self._layers) - 1
         exits = ((actions == EXIT) | last) & awake
-        stays = awake & ~exits
         right = exits & table.accepted[row, candidate]
         terms = {
             "accepted": np.where(right, reward.accepted[candidate], 0.0),
             "rejected": np.where(exits & ~right, reward.rejected, 0.0),
-            "continue": np.where(stays, reward.continue_, 0.0),
+            "continue": np.where(awake & ~exits, reward.continue_, 0.0),
         }
-        info = {
+        everyone = np.ones(self.num_envs, bool)
+        of_action = {
             "cost": np.where(awake, self._mdp.step_cost[candidate], 0.0),
             "discount": np.where(exits, 0.0, 1.0),
-            "forced": exits & last & (actions != EXIT),
-            "reward_terms": terms,
-            "exit_layer": self._layers[candidate],
-            "draft_token": table.drafts[row, candidate],
-            "target_token": table.targets[row],
+            "forced": exits & (actions != EXIT),
+            "reward_terms": _masked(terms, everyone),
+        }
+        of_exit = {
+            "exit_layer": np.where(exits, self._layers[candidate], -1),
+            "draft_token": np.where(exits, table.drafts[row, candidate], -1),
+            "target_token": np.where(exits, table.targets[row], -1),
             "accepted": right,
         }
-        # Keys that only an exit has: masked, and blank elsewhere, so that nothing leaks.
-        for key in ("exit_layer", "draft_token", "target_token"):
-            info[key] = np.where(exits, info[key], -1)
-        info |= {f"_{key}": exits for key in ("exit_layer", "draft_token", "target_token", "accepted")}
-        ended = exits & table.ends[row]
+        return _masked(of_action, everyone) | _masked(of_exit, exits)
+
+    def _advance(self, exits: np.ndarray, awake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Move every lane on by its action; returns terminated and truncated, (N,) each."""
+        ended = exits & self._table.ends[self._table.base + self._token]
         truncated = exits & ~ended & (self._token + 1 == self._mdp.max_new_tokens)
         self._prompt_over |= ended | truncated
-        terminated = (exits & ~truncated) if self._mdp.token_episodes else ended
-        self._blank = ended
+        self._blank |= ended
         self._token = self._token + exits
-        self._candidate = np.where(exits, 0, candidate + stays)
-        return terms["accepted"] + terms["rejected"] + terms["continue"], terminated, truncated, info
+        self._candidate = np.where(exits, 0, self._candidate + awake)
+        return (exits & ~truncated) if self._mdp.token_episodes else ended, truncated
 
     def _observations(self) -> np.ndarray:
-        """(N, F) float32: where each sequence stands; zeros where its text has ended."""
-        behind = self._table.known <= self._token
-        for lane in np.flatnonzero(behind & ~self._blank).tolist():
+        """(N, F) float32: where each sequence stands; zeros where there is no text to see."""
+        behind = (self._table.known <= self._token) & ~self._blank
+        for lane in np.flatnonzero(behind).tolist():
             self._table.ensure(lane, int(self._token[lane]))
         row = self._table.base + np.where(self._blank, 0, self._token)
         observations = self._table.observations[row, self._candidate]
@@ -201,10 +188,14 @@ class SpeculativeExitVectorEnv(VectorEnv):
 
     def _infos(self) -> dict[str, Any]:
         """Of the observation returned."""
-        everyone = np.ones(self.num_envs, bool)
         info = {
             "prompt_id": self._names[self._prompt],
             "token_index": self._token.copy(),
             "layer": self._layers[self._candidate],
         }
-        return info | {f"_{key}": everyone for key in info}
+        return _masked(info, np.ones(self.num_envs, bool))
+
+
+def _masked(info: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+    """The info with Gymnasium's mask `_key` beside each key: which environments have it."""
+    return info | {f"_{key}": mask for key in info}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,9 @@ def make_exit_reward(
     unknown = set(kwargs) - set(constants)
     if unknown:
         raise LedeError(f"reward_kwargs has no {sorted(unknown)[0]!r}; the reward 'paper' takes {', '.join(constants)}")
-    constants |= kwargs
+    for constant, value in kwargs.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise LedeError(f"reward_kwargs has {constant}={value!r}; expected a finite number")
+        constants[constant] = float(value)
     share = 1.0 - np.array(candidate_layers) / n_layers
     return ExitReward(constants["accept"] + constants["depth"] * share, constants["reject"], constants["continue_"])

@@ -2,10 +2,12 @@
 
     wheels (corpus_wheels.txt) --download--> *.py --filter, deduplicate--> python.{train,heldout}.txt.xz
     prose.txt.xz ------------------------------------------split-------------> prose.{train,heldout}.txt.xz
-    *.txt.xz --byte-level BPE (tokenizer.json)--> *.{train,heldout}.npy, uint16, <|endoftext|> before each
+    *.train.txt.xz --byte-level BPE (tokenizer.json)--> *.train.npy, uint16, <|endoftext|> before each
 
 Every text file holds UTF-8 documents separated by NUL. A document is held out when its SHA-256 is divisible
-by 100, so a rebuilt corpus never trains on what was held out before.
+by 100, so a rebuilt corpus never trains on what was held out before. The wheels are those of one pinned target,
+whatever the machine, and no order depends on the threads that download them: the sha256 in manifest.json, of
+each text before compression, tells whether two corpora are the same.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,10 +206,9 @@ def write_split(out: Path, domain: str, documents: list[str]) -> dict[str, objec
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for text in documents:
         parts["heldout" if digest(text) % 100 == 0 else "train"].append(text)
-    return {
-        f"{domain}.{part}.txt.xz": write_documents(out / f"{domain}.{part}.txt.xz", texts)
-        for part, texts in parts.items()
-    }
+    names = {part: f"{domain}.{part}.txt.xz" for part in parts}
+    compressing = track(parts, f"compressing {domain}")
+    return {names[part]: write_documents(out / names[part], parts[part]) for part in compressing}
 
 
 def build_corpus(out: Path, prose: Path | None = None, megabytes: float = 240.0) -> dict[str, object]:
@@ -275,7 +277,6 @@ def train_tokenizer(data: Path, vocab_size: int, sample_bytes: int = 15_000_000)
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
     )
     tokenizer.train_from_iterator(sample(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -295,21 +296,35 @@ def encode(tokenizer_file: Path, texts: list[str]) -> np.ndarray:
 
 
 def tokenise(data: Path) -> None:
-    """Encode every text file of `data` that has no .npy newer than tokenizer.json, on all cores."""
+    """Encode every training text of `data` that has no .npy newer than tokenizer.json, on all cores."""
     tokenizer_file = data / "tokenizer.json"
-    for path in sorted(data.glob("*.txt.xz")):
+    for path in sorted(data.glob("*.train.txt.xz")):
         target = path.with_name(path.name.replace(".txt.xz", ".npy"))
         if target.exists() and target.stat().st_mtime >= tokenizer_file.stat().st_mtime:
             continue
         texts = read_documents(path)
-        chunks = [(tokenizer_file, texts[i : i + 200]) for i in range(0, len(texts), 200)]
+        chunks = [texts[i : i + 200] for i in range(0, len(texts), 200)]
         with multiprocessing.Pool() as pool:
-            np.save(target, np.concatenate(pool.starmap(encode, chunks, chunksize=1)))
+            encoded = pool.imap(partial(encode, tokenizer_file), chunks)
+            np.save(target, np.concatenate(list(track(encoded, f"tokenising {path.name}", total=len(chunks)))))
 
 
-def load_tokens(data: Path, part: str) -> dict[str, np.ndarray]:
-    """uint16 token streams of `part` ("train" or "heldout") by domain. Raises LedeError if there are none."""
-    streams = {d: np.load(data / f"{d}.{part}.npy") for d in DOMAINS if (data / f"{d}.{part}.npy").exists()}
+def load_tokens(data: Path) -> dict[str, np.ndarray]:
+    """uint16 token streams of the training text by domain. Raises LedeError if there are none."""
+    streams = {d: np.load(data / f"{d}.train.npy") for d in DOMAINS if (data / f"{d}.train.npy").exists()}
     if not streams:
-        raise LedeError(f"{data}: no *.{part}.npy; build the corpus there and tokenise it first")
+        raise LedeError(f"{data}: no *.train.npy; build the corpus there and tokenise it first")
+    return streams
+
+
+def heldout_tokens(data: Path, tokenizer_file: Path) -> dict[str, np.ndarray]:
+    """The held-out text by domain as tokens of a model's own tokenizer, which may not be that of `data`.
+
+    Raises LedeError if there is no held-out text.
+    """
+    paths = {d: data / f"{d}.heldout.txt.xz" for d in DOMAINS}
+    texts = {d: read_documents(path) for d, path in paths.items() if path.exists()}
+    streams = {d: encode(tokenizer_file, documents) for d, documents in texts.items() if documents}
+    if not streams:
+        raise LedeError(f"{data}: no held-out text (*.heldout.txt.xz); build it with the corpus command")
     return streams

@@ -1,6 +1,7 @@
 """How well early layers speak for the last one: agreement by layer, on held-out and on its own text.
 
-Works on any Hugging Face folder of a Llama-like model; nothing here knows how the model was trained.
+Works on exported folders: Llama weights and a tokenizer whose id 0 begins and ends a document. Nothing here
+knows how the model was trained.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import get_console
 from rich.console import Console
+from rich.progress import Progress, TaskID, track
 from rich.table import Table
 from torch import Tensor
 
 from lede_env.errors import LedeError
-from lede_env.models.corpus import load_tokens
+from lede_env.models.corpus import heldout_tokens
 
 TEMPERATURE = 0.6
 OPENING, CONTINUATION = 64, 128  # tokens
@@ -43,7 +46,7 @@ def teacher_forced(model: Any, stream: np.ndarray, windows: int, context: int) -
     starts = np.linspace(0, len(stream) - context - 1, count).astype(int)
     agreement = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
     loss = correct = 0.0
-    for start in starts:
+    for start in track(starts, "held-out windows"):
         ids = torch.from_numpy(stream[start : start + context + 1].astype(np.int64)).to(model.device)
         exits = exit_logits(model, ids[None, :-1])
         last = next(exits)[0]  # (T, V)
@@ -71,6 +74,34 @@ def openings(stream: np.ndarray, count: int) -> Tensor:
     return torch.from_numpy(np.stack([stream[b : b + 1 + OPENING] for b in chosen]).astype(np.int64))
 
 
+class TokenTicks:
+    """The streamer that `generate` hands the prompts and each step's tokens to: it only moves the progress bar."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+
+    def put(self, value: Tensor) -> None:
+        self.progress.advance(self.task)
+
+    def end(self) -> None:
+        pass
+
+
+def continue_texts(model: Any, prompts: Tensor, temperature: float) -> Tensor:
+    """Prompts (B, T) with the model's own continuations, (B, T + new); greedy at temperature 0, else from seed 0."""
+    new = min(CONTINUATION, model.config.max_position_embeddings - prompts.shape[1])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    torch.manual_seed(0)
+    with Progress() as progress:
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            streamer=TokenTicks(progress, progress.add_task(f"own text at T = {temperature}", total=1 + new)),
+            **(sampling or {"do_sample": False}),
+        )
+
+
 @torch.inference_mode()
 def own_text(model: Any, prompts: Tensor, temperature: float) -> list[float]:
     """Per layer (L,), on the model's own continuations of prompts (B, T).
@@ -78,15 +109,7 @@ def own_text(model: Any, prompts: Tensor, temperature: float) -> list[float]:
     temperature 0: share of positions with the last layer's argmax. Otherwise: the expected acceptance
     sum_x min(p, q) of a draft from that layer, both at `temperature`. Text after end of text is not counted.
     """
-    prompts = prompts.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    torch.manual_seed(0)
-    ids = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=min(CONTINUATION, model.config.max_position_embeddings - prompts.shape[1]),
-        **(sampling or {"do_sample": False}),
-    )
+    ids = continue_texts(model, prompts.to(model.device), temperature)
     ended = (ids[:, prompts.shape[1] :] == 0).int()
     counted = ended.cumsum(1) - ended == 0  # (B, new): up to and with the first end of text
     rows = slice(prompts.shape[1] - 1, ids.shape[1] - 1)
@@ -94,7 +117,7 @@ def own_text(model: Any, prompts: Tensor, temperature: float) -> list[float]:
     last = next(exits)[:, rows].float()
     p = (last / temperature).softmax(-1) if temperature else None
     result = []
-    for early in exits:
+    for early in track(exits, "its exits", total=model.config.num_hidden_layers - 1):
         early = early[:, rows].float()
         if p is None:
             score = (early.argmax(-1) == last.argmax(-1)).float()
@@ -105,17 +128,23 @@ def own_text(model: Any, prompts: Tensor, temperature: float) -> list[float]:
 
 
 def evaluate(model_folder: Path, data: Path, device: str, windows: int = 64, texts: int = 64) -> dict[str, Any]:
-    """All measures of an exported model on the held-out text of `data`, by domain. Computed in float32."""
+    """All measures of an exported model on the held-out text of `data`, by domain. Computed in float32.
+
+    Deterministic: evenly spaced windows and documents, one seed. A GPU's samples are not those of a CPU.
+    Raises LedeError when the model, the held-out text or the device is missing.
+    """
     from transformers import AutoModelForCausalLM
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise LedeError(f"device {device!r}: no CUDA device here; use cpu")
-    if not (model_folder / "config.json").exists():
-        raise LedeError(f"{model_folder}: no config.json; expected an exported model folder")
+    for name in ("config.json", "tokenizer.json"):
+        if not (model_folder / name).exists():
+            raise LedeError(f"{model_folder}: no {name}; expected an exported model folder")
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = model.to(device).eval()
     results = {}
-    for domain, stream in load_tokens(data, "heldout").items():
+    for domain, stream in heldout_tokens(data, model_folder / "tokenizer.json").items():
+        get_console().print(f"{domain}: {len(stream):,} held-out tokens", highlight=False)
         prompts = openings(stream, texts)
         results[domain] = {
             "heldout": teacher_forced(model, stream, windows, model.config.max_position_embeddings),

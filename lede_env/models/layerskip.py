@@ -4,10 +4,12 @@ A Llama model is trained so that every layer can speak through the shared final 
 layer dropout that grows exponentially with depth, and a loss at early exits, rotated over the layers.
 Training on one GPU, on several (torchrun), or on the CPU for a look:
 
-    python -m lede_env.models.layerskip corpus --out data --prose prose.txt.xz
-    torchrun --nproc-per-node 4 -m lede_env.models.layerskip train --data data --out runs/tiny --minutes 25
-    python -m lede_env.models.layerskip export --checkpoint runs/tiny/checkpoint.safetensors --data data
-    python -m lede_env.models.layerskip evaluate --model lede_env/models/tiny --data data
+    python -m lede_env.models.layerskip corpus --out data
+    torchrun --nproc-per-node 2 -m lede_env.models.layerskip train --data data --out run1 --minutes 10
+    python -m lede_env.models.layerskip train --data data --out run2 --start-from run1/model --minutes 7
+    python -m lede_env.models.layerskip evaluate --model run2/model --data data
+
+The embedded model came from three such stages; tiny/MODEL_CARD.md has their commands and what each gave.
 """
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ def run_training(args: Train) -> None:
         else:
             dist.init_process_group("gloo")
         dist.barrier()
-    streams = corpus.load_tokens(args.data, "train")
+    streams = corpus.load_tokens(args.data)
     trainer = Trainer(args, rank, world, device)
     checkpoint = args.out / "checkpoint.safetensors"
     if args.resume and checkpoint.exists():
@@ -184,7 +186,6 @@ def prepare(data: Path, vocab: int) -> None:
     if not (data / "tokenizer.json").exists():
         console.print("training the tokenizer")
         corpus.train_tokenizer(data, vocab)
-    console.print("tokenising")
     corpus.tokenise(data)
 
 
@@ -193,11 +194,11 @@ def prepare(data: Path, vocab: int) -> None:
 
 @dataclass
 class Corpus:
-    """Download the pinned wheels and write the training text."""
+    """Download the pinned wheels and write the training and the held-out text."""
 
     out: Path
     prose: Path | None = None
-    """an .xz file of UTF-8 documents separated by NUL"""
+    """an .xz file of UTF-8 documents separated by NUL; without it the corpus is Python alone"""
     megabytes: float = 240.0
     """at most this much Python text is kept"""
 
@@ -218,6 +219,7 @@ class Evaluate:
 
     model: Path
     data: Path
+    """a folder of the corpus command; only its *.heldout.txt.xz are read"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     windows: int = 64
     """held-out windows of each domain, one context long"""

@@ -117,15 +117,15 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     geometry = _geometry(config)
     source = _Tensors(folder, device, dtype)
     layers = tuple(_layer(source, index, geometry, config.model_type == "qwen2") for index in range(geometry.n_layers))
-    embedding = source.get("model.embed_tokens.weight", (geometry.vocab, geometry.hidden))
-    tied = bool(config.tie_word_embeddings) or "lm_head.weight" not in source.files
+    embedding = source.get("model.embed_tokens.weight", geometry.vocab, geometry.hidden)
+    tied = bool(config.tie_word_embeddings)
     head_source = "model.embed_tokens.weight" if tied else "lm_head.weight"
     # A tied head shares the embedding's memory, except on the CPU, where the layouts differ.
     shared = tied and device.type != "cpu"
-    head = embedding.t() if shared else source.matrix([head_source], (geometry.vocab, geometry.hidden))
+    head = embedding.t() if shared else source.matrix({head_source: geometry.vocab}, geometry.hidden)
     spec = find_spec(name)
     return LayeredLM(
-        name=spec.name if spec else Path(name).name if Path(name).is_dir() else name,
+        name=spec.name if spec else Path(name).resolve().name if Path(name).is_dir() else name,
         weights=weights,
         fingerprint=source.fingerprint(),
         geometry=geometry,
@@ -136,7 +136,7 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
         dtype=dtype,
         embedding=embedding,
         layers=layers,
-        final_norm=source.get("model.norm.weight", (geometry.hidden,)),
+        final_norm=source.get("model.norm.weight", geometry.hidden),
         head=head,
         norm_eps=torch.tensor(
             config.rms_norm_eps, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32
@@ -146,32 +146,49 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON or UTF-8
+        raise LedeError(f"{path} is not valid JSON ({error}); download the model again") from error
+    if not isinstance(content, dict):
+        raise LedeError(f"{path} does not hold a JSON object; download the model again")
+    return content
+
+
 def _read_config(folder: Path) -> Any:
     """The transformers config of a folder, refused unless our forward computes exactly that model."""
     from transformers import AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
-        raise LedeError(f"{folder} has no config.json; expected a Hugging Face model folder")
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LedeError(f"{path} is not valid JSON ({error}); download the model again") from error
+        raise LedeError(f"{folder} has no config.json; give a folder in Hugging Face form")
+    kind = _read_json(path).get("model_type")
     if kind not in FAMILIES:
-        raise LedeError(f"{folder} is a {kind!r} model; supported architectures: {', '.join(FAMILIES)}")
-    config = AutoConfig.from_pretrained(folder)
-    if kind == "mistral" and config.sliding_window is not None:
-        raise LedeError(f"{folder} uses a sliding window of {config.sliding_window} tokens, which is not supported")
-    if kind == "qwen2" and config.use_sliding_window:
-        raise LedeError(f"{folder} uses sliding-window layers (use_sliding_window), which are not supported")
-    if config.hidden_act != "silu":
-        raise LedeError(f"{folder} uses hidden_act={config.hidden_act!r}; supported: 'silu'")
-    for flag in ("attention_bias", "mlp_bias"):
-        if getattr(config, flag, False):
-            raise LedeError(f"{folder} sets {flag}=true, which is not supported")
+        raise LedeError(f"{path} has model_type={kind!r}; supported architectures: {', '.join(FAMILIES)}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the validators of transformers raise a dozen types
+        reason = " ".join(str(error).split())
+        raise LedeError(f"transformers refuses {path} ({reason}); correct it or download the model again") from error
     rope = config.rope_parameters["rope_type"]
-    if rope not in ROPE_TYPES:
-        raise LedeError(f"{folder} uses rope_type={rope!r}; supported: {', '.join(ROPE_TYPES)}")
+    refused = {
+        f"sliding_window={getattr(config, 'sliding_window', None)}": kind == "mistral"
+        and config.sliding_window is not None,
+        "use_sliding_window=true": kind == "qwen2" and config.use_sliding_window,
+        f"hidden_act={config.hidden_act!r}": config.hidden_act != "silu",
+        "attention_bias=true": getattr(config, "attention_bias", False),
+        "mlp_bias=true": getattr(config, "mlp_bias", False),
+        "a quantization_config": getattr(config, "quantization_config", None) is not None,
+        f"rope_type={rope!r}": rope not in ROPE_TYPES,
+    }
+    for setting, is_refused in refused.items():
+        if is_refused:
+            raise LedeError(
+                f"{path} has {setting}, which is not supported; supported: full attention, SiLU, no biases but "
+                f"Qwen2's own, unquantised weights, rope_type one of {', '.join(ROPE_TYPES)}; use another checkpoint"
+            )
     return config
 
 
@@ -189,21 +206,19 @@ def _geometry(config: Any) -> Geometry:
 
 
 def _layer(source: _Tensors, index: int, geometry: Geometry, has_bias: bool) -> Layer:
-    prefix, hidden = f"model.layers.{index}", geometry.hidden
+    prefix, hidden, mlp = f"model.layers.{index}", geometry.hidden, geometry.mlp
     queries, keys = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
-    projections = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
+    outputs = dict(zip([f"{prefix}.self_attn.{part}_proj" for part in "qkv"], (queries, keys, keys), strict=True))
     pairs = rotary_order(geometry)
-    bias = source.fused([f"{part}.bias" for part in projections], (queries + 2 * keys,)) if has_bias else None
+    bias = source.fused({f"{part}.bias": rows for part, rows in outputs.items()}) if has_bias else None
     return Layer(
-        attention_norm=source.get(f"{prefix}.input_layernorm.weight", (hidden,)),
-        qkv=source.matrix([f"{part}.weight" for part in projections], (queries + 2 * keys, hidden), pairs),
+        attention_norm=source.get(f"{prefix}.input_layernorm.weight", hidden),
+        qkv=source.matrix({f"{part}.weight": rows for part, rows in outputs.items()}, hidden, pairs),
         qkv_bias=None if bias is None else bias[pairs.to(bias.device)],
-        out=source.matrix([f"{prefix}.self_attn.o_proj.weight"], (hidden, queries)),
-        mlp_norm=source.get(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
-        gate_up=source.matrix(
-            [f"{prefix}.mlp.gate_proj.weight", f"{prefix}.mlp.up_proj.weight"], (2 * geometry.mlp, hidden)
-        ),
-        down=source.matrix([f"{prefix}.mlp.down_proj.weight"], (hidden, geometry.mlp)),
+        out=source.matrix({f"{prefix}.self_attn.o_proj.weight": hidden}, queries),
+        mlp_norm=source.get(f"{prefix}.post_attention_layernorm.weight", hidden),
+        gate_up=source.matrix({f"{prefix}.mlp.{part}_proj.weight": mlp for part in ("gate", "up")}, hidden),
+        down=source.matrix({f"{prefix}.mlp.down_proj.weight": hidden}, mlp),
     )
 
 
@@ -228,21 +243,15 @@ class _Tensors:
         paths = sorted(self.folder.glob("*.safetensors"))
         listing = self.folder / "model.safetensors.index.json"
         if listing.is_file():
-            shards = set(json.loads(listing.read_text())["weight_map"].values())
+            shards = set(_read_json(listing).get("weight_map", {}).values())
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
             if missing:
                 raise LedeError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download them again")
             paths = [self.folder / shard for shard in sorted(shards)]
         if not paths:
             pickled = any(self.folder.glob("*.bin"))
-            raise LedeError(
-                f"{self.folder} holds no *.safetensors"
-                + (
-                    "; its .bin files are pickles, which are never loaded: convert them to safetensors"
-                    if pickled
-                    else ""
-                )
-            )
+            hint = "its .bin files are pickles, which are never loaded: convert them" if pickled else "download them"
+            raise LedeError(f"{self.folder} holds no *.safetensors; {hint}")
         tensors: dict[str, Any] = {}
         for path in paths:
             try:
@@ -252,31 +261,28 @@ class _Tensors:
             tensors.update(dict.fromkeys(handle.keys(), handle))
         return tensors
 
-    def _read(self, name: str) -> Tensor:
+    def get(self, name: str, *shape: int) -> Tensor:
         if name not in self.files:
             raise LedeError(f"{self.folder} has no tensor {name!r}; its weights do not match its config.json")
-        return self.files[name].get_tensor(name).to(self.dtype)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._read(name)
+        tensor = self.files[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
-            raise LedeError(f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
-        return tensor
+            raise LedeError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}; "
+                "its weights do not match its config.json"
+            )
+        return tensor.to(self.dtype)
 
-    def fused(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
-        """The named tensors joined along their first dimension."""
-        parts = [self._read(name) for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        if (rows, *parts[0].shape[1:]) != shape:
-            raise LedeError(f"{self.folder}: {' + '.join(names)} have {rows} rows, config.json says {shape}")
+    def fused(self, outputs: dict[str, int], *inputs: int) -> Tensor:
+        """Tensors joined along their first dimension, whose size `outputs` gives by name."""
+        parts = [self.get(name, rows, *inputs) for name, rows in outputs.items()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def matrix(self, names: list[str], shape: tuple[int, int], order: Tensor | None = None) -> Tensor:
-        """The named (outputs, inputs) weights joined, in an order of outputs, as one (inputs, outputs) matrix.
+    def matrix(self, outputs: dict[str, int], inputs: int, order: Tensor | None = None) -> Tensor:
+        """(outputs, inputs) weights joined, in an order of outputs, as one (inputs, outputs) matrix.
 
         On the CPU it is also laid out that way: a few rows times such a matrix is 10 to 20 % faster there.
         """
-        tensor = self.fused(names, shape)
+        tensor = self.fused(outputs, inputs)
         tensor = (tensor if order is None else tensor[order.to(self.device)]).t()
         return tensor.contiguous() if self.device.type == "cpu" else tensor
 
@@ -310,8 +316,20 @@ def rope_table(config: Any, geometry: Geometry, device: torch.device, dtype: tor
 def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
     """EOS ids of generation_config.json, else of config.json; warns of processors this decoder does not apply."""
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.0, "typical_p": 1.0}
+    settings = _read_json(path) if path.is_file() else {}
+    neutral: dict[str, float | None] = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "num_beams": 1,
+        "guidance_scale": 1.0,
+        "bad_words_ids": None,
+        "suppress_tokens": None,
+        "sequence_bias": None,
+    }
     active = [name for name, off in neutral.items() if settings.get(name) not in (None, off)]
     if active:
         warnings.warn(f"{path} asks for {', '.join(active)}, which this decoder does not apply", stacklevel=4)
@@ -326,4 +344,8 @@ def _tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception, sentencepiece its own
+        reason = " ".join(str(error).split())
+        raise LedeError(f"the tokenizer files of {folder} cannot be read ({reason}); download them again") from error

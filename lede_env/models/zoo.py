@@ -28,7 +28,7 @@ _FAIR = "FAIR Noncommercial Research License (see the model page)"
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("tiny", None, "Apache-2.0", 16, 256, 4, 4, 64, 768, 4096, (2, 3, 4, 6, 8)),
+        ModelSpec("tiny", None, "Apache-2.0", 16, 256, 4, 4, 64, 768, 4096, (3, 4, 6, 8)),
         ModelSpec("llama3.2-1b", "facebook/layerskip-llama3.2-1B", _FAIR, 16, 2048, 32, 8, 64, 8192, 128256,
                   (2, 3, 4, 6, 8)),
         ModelSpec("llama2-7b", "facebook/layerskip-llama2-7B", _LLAMA2, 32, 4096, 32, 32, 128, 11008, 32000,

@@ -25,7 +25,8 @@ def parse_strategy(text: str, policy: str | None = None) -> Strategy:
         if name != "lede":
             raise LedeError(f"--policy belongs to the strategy 'lede', not to {name!r}")
         return Lede(load_policy(policy))
-    takes = [field.name for field in dataclasses.fields(STRATEGIES[name]) if field.type == "int"]
+    fields = dataclasses.fields(STRATEGIES[name])  # type: ignore[arg-type]  # every strategy is a dataclass
+    takes = [field.name for field in fields if field.type == "int"]
     numbers = rest.split(",") if rest else []
     if len(numbers) != len(takes) or not all(number.strip().isdecimal() for number in numbers):
         form = f"{name}:{','.join(takes).upper()}" if takes else name

@@ -1,0 +1,261 @@
+"""Recording: files hold what the environments did, whatever the number of environments, stops and kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from lede_env.data.trajectory_file import COLUMNS, read_trajectories
+from lede_env.errors import LedeError
+from lede_env.policies import RandomPolicy, StaticPolicy, ThresholdPolicy
+from lede_env.recording import episode_seed, make_player_envs, prompt_of, record
+
+ID = "LEDE-Tiny-v0"
+LAYERS = gym.spec(ID).kwargs["candidate_layers"]
+EPISODES, SEED = 6, 3
+OPTIONS = dict(task="parse", max_new_tokens=5, device="cpu")
+
+
+def record_to(path, policy=None, episodes=EPISODES, **kwargs):
+    """The file's content after recording, and what `record` returned."""
+    options = {**OPTIONS, "num_envs": 4, "seed": SEED, **kwargs}
+    rows = record(ID, policy or RandomPolicy(), episodes, path, **options)
+    data = read_trajectories(path)
+    assert rows == data.n_rows and data.n_episodes == episodes
+    return data
+
+
+def assert_same_data(one, other):
+    """Equal but for float noise: the company that a sequence is computed in changes the last digits."""
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, values in one.arrays.items():
+        noisy = name in ("observations", "final_observations")
+        np.testing.assert_allclose(values, other[name], atol=1e-4 if noisy else 0, rtol=0, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return record_to(tmp_path_factory.mktemp("recorded") / "random.h5", seed=SEED)
+
+
+def test_a_file_replays_step_by_step(recorded):
+    env = gym.make(ID, features="extended", **OPTIONS).unwrapped
+    starts = [*recorded["episode_starts"].tolist(), recorded.n_rows]
+    for number in range(recorded.n_episodes):
+        prompt = prompt_of(SEED, number, len(env.prompt_ids))
+        reset = dict(seed=episode_seed(SEED, number), options={"prompt_id": env.prompt_ids[prompt]})
+        observation, info = env.reset(**reset)
+        for row in range(starts[number], starts[number + 1]):
+            action = recorded["actions"][row]
+            following, reward, terminated, truncated, outcome = env.step(action)
+            expected = {
+                "actions": action, "rewards": reward, "terminals": terminated, "timeouts": truncated,
+                "discount": outcome["discount"], "layer": info["layer"], "phase": 1,
+                "token_index": info["token_index"], "prompt_id": prompt, "accepted": outcome.get("accepted", -1),
+                "forced": outcome["forced"], "behaviour_logprob": np.log(0.5), "cost": outcome["cost"],
+            }  # fmt: skip
+            assert {"observations", *expected} == COLUMNS.keys()
+            np.testing.assert_allclose(recorded["observations"][row], observation, atol=1e-4)
+            for name, value in expected.items():
+                assert recorded[name][row] == COLUMNS[name].type(value), (name, row)
+            observation, info = following, outcome
+        assert terminated or truncated
+        np.testing.assert_allclose(recorded["final_observations"][number], observation, atol=1e-4)
+    assert {0, 1} == set(recorded["actions"].tolist()) and recorded["forced"].any()
+
+
+def test_the_header_says_what_was_recorded(recorded):
+    said = recorded.attributes
+    assert (said["env_id"], said["seed"], said["mdp"]) == (ID, SEED, "exit")
+    assert said["policy"] == "RandomPolicy(p=0.5, features=())"
+    assert said["candidate_layers"] == list(LAYERS) and said["task"] == "parse" and said["max_new_tokens"] == 5
+    assert said["features"] == ["confidence", "entropy", "trace", "layer", "margin", "top1"]
+    assert {"model_fingerprint", "environment_hash", "software", "temperature", "reward_kwargs"} <= said.keys()
+    assert not {"device", "backend"} & said.keys()
+
+
+def test_the_file_does_not_depend_on_the_number_of_environments(recorded, tmp_path):
+    for num_envs in (1, 50):
+        assert_same_data(record_to(tmp_path / f"{num_envs}.h5", num_envs=num_envs), recorded)
+    sampled = [record_to(tmp_path / f"sampled {n}.h5", num_envs=n, temperature=0.8, episodes=4) for n in (1, 3)]
+    assert_same_data(*sampled)
+
+
+def test_a_resumed_file_equals_one_run(recorded, tmp_path):
+    path = tmp_path / "resumed.h5"
+    record_to(path, episodes=3, num_envs=2)
+    with pytest.raises(LedeError, match=r"exists.*--resume"):
+        record_to(path)
+    assert_same_data(record_to(path, resume=True), recorded)
+    assert_same_data(record_to(path, resume=True), recorded)  # nothing left to do
+    for other in (dict(seed=9), dict(max_new_tokens=4), dict(policy=RandomPolicy(0.4)), dict(temperature=0.5)):
+        with pytest.raises(LedeError, match="cannot resume"):
+            record_to(path, resume=True, **other)
+    assert_same_data(read_trajectories(path), recorded)
+
+
+def test_an_interrupted_run_keeps_what_it_finished(recorded, tmp_path):
+    path = tmp_path / "interrupted.h5"
+    seen = []
+
+    def interrupt(done):
+        seen.append(done)
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_to(path, progress=interrupt)
+    assert seen == sorted(seen) and read_trajectories(path).n_episodes == seen[-1]
+    assert_same_data(record_to(path, resume=True), recorded)
+
+
+def test_log_probabilities_are_those_of_the_policy(recorded, tmp_path):
+    assert np.all(recorded["behaviour_logprob"] == np.float32(np.log(0.5)))
+    rare = record_to(tmp_path / "rare.h5", RandomPolicy(0.2))
+    expected = np.where(rare["actions"] == 1, np.log(0.2), np.log(0.8)).astype(np.float32)
+    np.testing.assert_array_equal(rare["behaviour_logprob"], expected)
+    assert abs(rare["actions"].mean() - 0.2) < 4 * np.sqrt(0.16 / rare.n_rows)
+
+    layer = LAYERS[1]
+    static = record_to(tmp_path / "static.h5", StaticPolicy(layer, 16), episodes=3)
+    np.testing.assert_array_equal(static["behaviour_logprob"], 0.0)
+    np.testing.assert_array_equal(static["actions"], static["layer"] == layer)
+    np.testing.assert_array_equal(static["discount"], static["layer"] != layer)
+    assert static["layer"].max() == layer and not static["forced"].any()
+
+    never = record_to(tmp_path / "never.h5", ThresholdPolicy(dict.fromkeys(LAYERS, 1.0), 16), episodes=3)
+    assert not never["actions"].any()
+    np.testing.assert_array_equal(never["forced"], never["layer"] == LAYERS[-1])
+
+
+def test_every_prompt_comes_once_a_cycle():
+    orders = [[prompt_of(7, cycle * 10 + place, 10) for place in range(10)] for cycle in range(2)]
+    assert [sorted(order) for order in orders] == [list(range(10))] * 2 and orders[0] != orders[1]
+    assert len({episode_seed(7, number) for number in range(1000)}) == 1000
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A policy that answers nonsense."""
+
+    answer: object
+    features: tuple[str, ...] = ()
+
+    def exit_probability(self, observations):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("policy", "kwargs", "message"),
+    [
+        (None, dict(episodes=0), "episodes=0"),
+        (None, dict(num_envs=0), "num_envs=0"),
+        (None, dict(seed=-1), "seed=-1"),
+        (None, dict(features="paper"), "features='paper' cannot be chosen"),
+        (None, dict(episode="token"), "episode='token' cannot be chosen"),
+        (None, dict(colour="red"), "unknown argument 'colour'"),
+        (StaticPolicy(15, 16), {}, "exits at layer 15.*candidate layers"),
+        (Broken(None, ("phase",)), {}, "'phase'.*missing"),
+        (Broken([2.0] * 4), {}, r"Broken.exit_probability must return 4 numbers in \[0, 1\]"),
+        (Broken([float("nan")] * 4), {}, "must return 4 numbers"),
+        (Broken(0.5), {}, "must return 4 numbers"),
+    ],
+)
+def test_bad_arguments(tmp_path, policy, kwargs, message):
+    with pytest.raises(LedeError, match=message):
+        record_to(tmp_path / "bad.h5", policy, **kwargs)
+
+
+def test_unknown_environment():
+    with pytest.raises(gym.error.Error, match="LEDE-Giant"):
+        make_player_envs("LEDE-Giant-v0", 2)
+
+
+# --- the command line, and kills
+
+# Forks for every line it reads, so that the imports and the model are loaded once. A file commits every few episodes.
+SERVER = """if True:
+    import os, sys
+    from functools import partial
+    import lede_env, lede_env.cli, lede_env.recording as recording
+    lede_env.load_model("tiny", device="cpu")
+    recording.TrajectoryWriter = partial(recording.TrajectoryWriter, chunk_rows=32)
+    for line in sys.stdin:
+        sys.argv = ["lede", *line.split()]
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            lede_env.cli.main()
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+
+
+def command(path, episodes):
+    layer = LAYERS[1]
+    return (
+        f"record --env {ID} --policy static:{layer} --task parse --max-new-tokens 6 --episodes {episodes} "
+        f"--num-envs 4 --seed {SEED} --device cpu --resume --out {path}"
+    )
+
+
+def episodes_in(path):
+    return read_trajectories(path, columns=()).n_episodes if path.exists() else 0
+
+
+def assert_prefix(path, whole):
+    """Every committed row is the one of the uninterrupted file."""
+    data = read_trajectories(path)
+    begun = data.n_rows
+    for name, values in data.arrays.items():
+        if name in COLUMNS:
+            np.testing.assert_allclose(values, whole[name][:begun], atol=1e-4, rtol=0, err_msg=name)
+    np.testing.assert_array_equal(data["episode_starts"], whole["episode_starts"][: data.n_episodes])
+    ends = [*whole["episode_starts"], whole.n_rows]
+    assert ends[data.n_episodes] == begun  # whole episodes
+    return data.n_episodes
+
+
+@pytest.mark.parametrize(("kills", "episodes"), [(2, 24), pytest.param(20, 240, marks=pytest.mark.slow)])
+def test_kills_lose_nothing(tmp_path, kills, episodes):
+    whole = record_to(
+        tmp_path / "whole.h5", StaticPolicy(LAYERS[1], 16), episodes, num_envs=8, max_new_tokens=6,
+        policy_name=f"static:{LAYERS[1]}",
+    )  # fmt: skip
+    path, rng, counts = tmp_path / "killed.h5", random.Random(kills), [0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
+
+        def run():
+            server.stdin.write(command(path, episodes) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        for number in range(kills):
+            child = run()
+            if number % 2 == 0:  # in the middle of recording; else at any moment, start-up too
+                deadline = time.monotonic() + 60
+                while episodes_in(path) == counts[-1]:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            os.kill(child, signal.SIGKILL)
+            assert int(server.stdout.readline()) == -signal.SIGKILL
+            counts.append(assert_prefix(path, whole) if path.exists() else 0)
+        run()
+        assert int(server.stdout.readline()) == 0
+        server.stdin.close()
+    assert counts == sorted(counts) and 0 < counts[-1] < episodes
+    assert_same_data(read_trajectories(path), whole)
+    assert read_trajectories(path).attributes == whole.attributes
