@@ -163,7 +163,13 @@ def _parse_line(line: str, where: str) -> Prompt:
     split = row.get("split", _hash_split(row["id"]))
     if split not in SPLITS:
         raise LedeError(f"{where}: unknown split {split!r}; choose one of {', '.join(SPLITS)} or none")
-    return Prompt(row["id"], row["task"], row["prompt"], row["reference"], split)
+    return Prompt(row["id"], row["task"], _opening(row["task"], row["prompt"]), row["reference"], split)
+
+
+def _opening(task: str, text: str) -> str:
+    """Code without its last line breaks: tokenizers join a break with the indentation that follows it, so a bare one
+    mostly stands before the end of a file, and the model would end there."""
+    return text.rstrip("\n") if task == "code" else text
 
 
 def _read_hub(name: str, n_rows: int, seed: int) -> list[Prompt]:
@@ -184,7 +190,7 @@ def _read_hub(name: str, n_rows: int, seed: int) -> list[Prompt]:
     for index in sorted(random.Random(seed).sample(range(len(table)), min(n_rows, len(table)))):
         text, reference = hub.convert(table[index])
         prompt_id = f"{name}/{index}"
-        prompts.append(Prompt(prompt_id, hub.task, text, reference, _hash_split(prompt_id)))
+        prompts.append(Prompt(prompt_id, hub.task, _opening(hub.task, text), reference, _hash_split(prompt_id)))
     return prompts
 
 

@@ -26,7 +26,7 @@ def random_model(tmp_path_factory):
     made = {}
 
     def make(architecture="llama", **kwargs):
-        key = (architecture, tuple(sorted(kwargs.items())))
+        key = (architecture, str(sorted(kwargs.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             reference = save_random_model(folder, architecture, **kwargs)

@@ -445,14 +445,30 @@ def test_reset_mask_and_prompt_ids():
     assert envs.step(np.array([1, 1, 1]))[4]["exit_layer"].tolist() == layers
 
 
-def test_a_first_reset_may_leave_some_out():
-    envs = make_vec(2, autoreset_mode=AutoresetMode.DISABLED)
+def test_without_autoreset_an_ended_episode_sleeps():
+    envs = make_vec(2, max_new_tokens=2, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    envs.step(np.array([1, 0]))
+    ended, _, _, truncated, _ = envs.step(np.array([1, 0]))
+    assert truncated.tolist() == [True, False]
+    for action in (0, 1):
+        observations, rewards, terminated, truncated, infos = envs.step(np.array([action, 1]))
+        np.testing.assert_array_equal(observations[0], ended[0])
+        assert rewards[0] == 0 and not terminated.any() and not truncated[0] and infos["token_index"][0] == 2
+        assert not infos["_accepted"][0] and (infos["cost"][0], infos["discount"][0]) == (0.0, 1.0)
+    assert truncated[1]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_first_reset_may_leave_some_out(mode):
+    envs = make_vec(2, autoreset_mode=mode)
     observations, _ = envs.reset(seed=0, options={"reset_mask": np.array([True, False])})
     assert observations[0].any() and not observations[1].any()
-    with pytest.raises(LedeError, match="reset_mask"):
-        envs.step(np.zeros(2, int))
-    envs.reset(options={"reset_mask": np.array([False, True])})
-    envs.step(np.zeros(2, int))
+    observations, rewards, *_ = envs.step(np.array([0, 1]))
+    assert observations[1].any() == (mode is not AutoresetMode.DISABLED) and rewards.tolist() == [-0.05, 0.0]
+    if mode is AutoresetMode.DISABLED:
+        envs.reset(options={"reset_mask": np.array([False, True])})
+    assert envs.step(np.array([1, 1]))[4]["exit_layer"].tolist() == [LAYERS[1], LAYERS[0]]
 
 
 # --- bad input

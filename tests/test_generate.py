@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -67,6 +68,49 @@ def test_rounds_of_a_script_are_as_laid_out(written):
     assert (metrics.E, metrics.d, metrics.acceptance, metrics.tokens_per_round) == (2.0, 5.0, 12 / 20, 4.0)
     deep = lede_env.generate(lm, prompt, strategy=LayerSkip(3, 5), max_new_tokens=16)
     assert [round_.accepted for round_ in deep.rounds] == [5, 5, 3]
+
+
+def test_a_drafted_eos_ends_drafting_and_if_wrong_not_the_text(written):
+    lm, prompt, ids = written
+    plain = lede_env.generate(lm, prompt, strategy=LayerSkip(2, 5), max_new_tokens=16)
+    wrong = plain.rounds[0].drafts[3]
+    ending = replace(lm, eos_ids=(wrong,))
+    out = lede_env.generate(ending, prompt, strategy=LayerSkip(2, 5), max_new_tokens=16)
+    assert (out.token_ids, out.finish_reason) == (ids[:16], "length")
+    assert out.rounds[0].drafts == [*ids[:3], wrong]
+    assert (out.rounds[0].accepted, out.rounds[0].emitted) == (3, ids[:4])
+
+
+class DictatedPolicy:
+    """Takes its decisions from a list and keeps what it saw."""
+
+    features = ("layer", "phase", "position")
+
+    def __init__(self, decisions):
+        self.decisions, self.seen = iter(decisions), []
+
+    def exit_probability(self, observations):
+        self.seen.append(tuple(observations[0].tolist()))
+        return np.array([next(self.decisions)], float)
+
+
+def test_ledes_dual_control_follows_the_table(tiny):
+    """Phase 1 walks candidates 1, 2, 3 until it exits; phase 2 drafts on until it continues (paper section 3.3)."""
+    lm, prompt, ids = script(tiny, TEXT)
+    policy = DictatedPolicy([0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1, 1])
+    out = lede_env.generate(lm, prompt, strategy=Lede(policy), max_new_tokens=4 + 2 + 3 + 5)
+    assert out.token_ids == ids[:14]
+    # Exit at 2, two more drafts; no exit, so one draft at 3; exit at the last candidate, one more; the budget's 4.
+    assert [round_.exits for round_ in out.rounds] == [[2, 2, 2], [3], [3, 3], [1, 1, 1, 1]]
+    assert [round_.checks for round_ in out.rounds] == [1, 2, 2, 0]
+    assert [round_.decisions for round_ in out.rounds] == [4, 3, 4, 3]
+    assert [round_.limited for round_ in out.rounds] == [False, False, False, True]
+    expected = [(1, 1, 0), (2, 1, 0), (2, 2, 1), (2, 2, 2)]
+    expected += [(1, 1, 0), (2, 1, 0), (3, 1, 0)]
+    expected += [(1, 1, 0), (2, 1, 0), (3, 1, 0), (3, 2, 1)]
+    expected += [(1, 1, 0), (1, 2, 1), (1, 2, 2)]  # at the limit nothing is asked
+    seen = [(layer * 4, phase, round(position * 12)) for layer, phase, position in policy.seen]
+    assert seen == expected
 
 
 @pytest.mark.parametrize("strategy", FIXED, ids=repr)
@@ -285,6 +329,20 @@ def test_rows_of_the_same_prompt_draw_differently(random_model):
     lm, _ = random_model("llama-gqa", late_scale=0.05)
     batch = lede_env.generate(lm, [[1, 9, 9]] * 6, temperature=1.0, max_new_tokens=16)
     assert len({tuple(out.token_ids) for out in batch}) == 6
+
+
+def test_rows_that_end_early_leave_the_others_alone(random_model):
+    lm, _ = random_model("llama-gqa", late_scale=0.05)
+    lm = replace(lm, eos_ids=tuple(range(2, 97, 12)))
+    prompts = [[1, token, token + 2] for token in range(10, 22)]
+    batch = lede_env.generate(lm, prompts, strategy=LayerSkip(2, 4), max_new_tokens=24, temperature=0.8)
+    assert len({len(out.token_ids) for out in batch}) > 4
+    assert {out.finish_reason for out in batch} == {"eos", "length"}
+    for prompt, out in zip(prompts, batch, strict=True):
+        alone = lede_env.generate(
+            lm, prompt, strategy=LayerSkip(2, 4), max_new_tokens=24, temperature=0.8, seed=out.seed
+        )
+        assert (alone.token_ids, alone.rounds) == (out.token_ids, out.rounds)
 
 
 # --- sessions

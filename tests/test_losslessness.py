@@ -89,14 +89,19 @@ def row_of(table, name):
 
 
 @pytest.fixture(scope="module")
-def embedded_references(tiny):
-    """24 test prompts over all tasks, as token ids, and their continuations by 96 tokens."""
+def embedded_model():
+    """The embedded model in transformers."""
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def embedded_references(tiny, embedded_model):
+    """24 test prompts over all tasks, as token ids, and their continuations by 96 tokens."""
     prompts = lede_env.load_prompts("all", "test")
     ids = [tiny.encode(prompt.text) for prompt in prompts[:: len(prompts) // 24][:24]]
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
-    return ids, greedy_references(model, ids, 96)
+    return ids, greedy_references(embedded_model, ids, 96)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -113,6 +118,15 @@ def test_embedded_model_equals_transformers(tiny, embedded_references, name):
             exits = {layer for out in outs for round_ in out.rounds for layer in round_.exits}
             assert exits == set(tiny.candidate_layers)  # the comparison saw every exit
     print(f"{name}: {ties} texts parted from transformers' at a near-tie")
+
+
+def test_a_prompt_of_several_prefill_chunks(tiny, embedded_model):
+    prompt = tiny.encode("\n\n".join(prompt.text for prompt in lede_env.load_prompts("all", "validation")))[:1100]
+    (reference,) = greedy_references(embedded_model, [prompt], 12)
+    batch = lede_env.generate(tiny, [prompt, prompt[:7]], strategy=LayerSkip(4, 5), max_new_tokens=12)
+    alone = lede_env.generate(tiny, prompt, strategy=LayerSkip(4, 5), max_new_tokens=12)
+    ties = is_tie(alone.token_ids, reference), is_tie(batch[0].token_ids, reference)
+    print(f"long prompt: {sum(ties)} texts parted at a near-tie")
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +190,21 @@ def test_outcomes_of_lede_cover_every_path(random_references):
                 rejected = len(round_.drafts) - round_.accepted
                 outcomes.add((bool(round_.accepted), bool(rejected)))
     assert outcomes >= {(True, False), (True, True), (False, True)}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="linear", rope_theta=1e4, factor=2.0),
+        dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64),
+    ],
+    ids=["linear", "yarn"],
+)
+def test_other_rotary_embeddings(random_model, rope):
+    lm, model = random_model("llama-gqa", rope_parameters=rope)
+    for prompt, reference in zip(RANDOM_PROMPTS, greedy_references(model, RANDOM_PROMPTS, 24), strict=True):
+        out = lede_env.generate(lm, prompt, strategy=LayerSkip(3, 4), max_new_tokens=24)
+        assert not is_tie(out.token_ids, reference)
 
 
 class OneEach(Strategy):

@@ -20,7 +20,7 @@ from lede_env.tasks import CLOSING_TOKENS, HUB_TASKS, SPLITS, TASKS, fit_prompt,
 ALL = load_prompts("all", "all")
 HEADER = re.compile(r"^(### Instruction:\n|### Utterance:\n|Article: )")
 FORMS = {
-    "code": re.compile(r".*\S\n", re.DOTALL),
+    "code": re.compile(r".*\S", re.DOTALL),
     "lm": re.compile(r".*\S", re.DOTALL),
     "summarization": re.compile(r"Article: [^\n]+\nSummary:"),
     "instruction": re.compile(r"### Instruction:\n.+?\n\n(### Input:\n.+?\n\n)?### Response:\n", re.DOTALL),
@@ -95,7 +95,7 @@ def with_body(source):
     last = source.rstrip("\n").rpartition("\n")[2]
     if not last.endswith(":"):
         return source
-    return source + " " * (len(last) - len(last.lstrip()) + 4) + "pass\n"
+    return source + "\n" + " " * (len(last) - len(last.lstrip()) + 4) + "pass\n"
 
 
 def test_code_is_python():
@@ -108,7 +108,7 @@ def test_code_references_pass_the_examples_of_their_docstrings():
     for prompt in of_task("code"):
         if prompt.reference:
             namespace = {"__name__": "prompt"}
-            exec(prompt.text + prompt.reference, namespace)
+            exec(prompt.text + "\n" + prompt.reference, namespace)
             function = next(f for f in namespace.values() if inspect.isfunction(f) and f.__module__ == "prompt")
             test = doctest.DocTestParser().get_doctest(function.__doc__, namespace, prompt.id, None, 0)
             result = doctest.DocTestRunner(verbose=False).run(test)

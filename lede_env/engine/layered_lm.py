@@ -120,7 +120,13 @@ class LayeredLM:
         elif prompt and isinstance(prompt[0], dict):
             if not getattr(self._tokenizer(), "chat_template", None):
                 raise LedeError(f"model {self.name!r} has no chat template; pass a text or token ids")
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            try:
+                ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            except Exception as error:  # a template is a program: it raises what it likes
+                raise LedeError(
+                    f"the chat template of {self.name!r} refuses these messages ({error}); each is a dict with "
+                    "'role' and 'content', in an order the model was trained on"
+                ) from error
         else:
             try:
                 ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]

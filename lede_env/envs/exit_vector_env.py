@@ -119,8 +119,8 @@ class SpeculativeExitVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise LedeError(f"actions must be {self.num_envs} values out of 0 (continue) and 1 (exit), got {actions!r}")
         if not self._rngs:
             raise LedeError("step() before reset(); call reset() first")
-        asleep = self._over
-        if self.autoreset_mode is AutoresetMode.NEXT_STEP:  # reset by this step, their action ignored
+        asleep = self._over.copy()  # `_begin` writes into it
+        if self.autoreset_mode is not AutoresetMode.DISABLED:  # reset by this step, their action ignored
             for lane in np.flatnonzero(asleep).tolist():
                 self._begin(lane)
         outcome = self._outcome(actions, ~asleep)

@@ -1,0 +1,144 @@
+"""Exit signals against a direct computation in numpy, and the bounds that environments announce."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lede_env.engine.signals import (
+    DRAFT_FEATURES,
+    EXIT_FEATURES,
+    LOG_FLOOR,
+    PAPER_FEATURES,
+    RAW,
+    TRACE_WINDOW,
+    Signals,
+    TraceWindow,
+    compute_features,
+    feature_bounds,
+    raw_signals,
+    select_features,
+    trace_feature,
+)
+from lede_env.errors import LedeError
+
+
+def random_logits(n, vocab, scale=3.0, dtype=torch.float32):
+    return scale * torch.randn(n, vocab, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 9, 10, 11, 500])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_raw_signals(vocab, scale):
+    logits = random_logits(20, vocab, scale)
+    wide = logits.double().numpy()
+    wide -= wide.max(-1, keepdims=True)
+    log_p = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    top = np.full((20, 10), LOG_FLOOR)  # a vocabulary of fewer than ten leaves the rest at the floor
+    top[:, : min(vocab, 10)] = -np.sort(-log_p)[:, :10]
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    found = raw_signals(logits).numpy()
+    assert found.shape == (20, RAW)
+    np.testing.assert_allclose(found[:, :10], np.maximum(top, LOG_FLOOR), atol=1e-5)
+    np.testing.assert_allclose(found[:, 10], entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(1, 4096),  # uniform: the entropy is ln V, not a rounding error more
+        torch.zeros(1, 97),
+        torch.eye(1, 50) * 1e4,  # certain: every other log-probability is below the floor
+        torch.full((1, 50), -torch.inf).index_fill(1, torch.tensor([3]), 0.0),
+        torch.zeros(1, 2),
+        random_logits(50, 4096, 8.0),
+    ],
+    ids=["uniform", "uniform-97", "certain", "impossible", "two", "random"],
+)
+def test_features_lie_within_their_bounds(logits):
+    raw = raw_signals(logits).numpy()
+    assert np.isfinite(raw).all()
+    low, high = feature_bounds(DRAFT_FEATURES, logits.shape[-1])
+    for share in (0.0, 1.0):
+        context = dict(layer=share, trace=30.0 * share, phase=1.0 + share, position=share)
+        features = compute_features(DRAFT_FEATURES, raw, **context)
+        assert features.dtype == np.float32 == low.dtype == high.dtype
+        assert (features >= low).all() and (features <= high).all()
+
+
+def test_features_by_hand():
+    raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5], np.float32)
+    features = compute_features(DRAFT_FEATURES, raw, layer=0.5, trace=0.75, phase=2.0, position=0.25)
+    expected = dict(confidence=14.25 / 5, entropy=1.5, trace=0.75, layer=0.5, margin=1.75, top1=0.25)
+    expected |= dict(phase=2.0, position=0.25)
+    np.testing.assert_allclose(features, [expected[name] for name in DRAFT_FEATURES], rtol=1e-6)
+    chosen = compute_features(("margin", "trace"), raw, layer=0.5, trace=0.75)
+    np.testing.assert_allclose(chosen, [1.75, 0.75])
+    # Any number of leading axes, with context that broadcasts.
+    many = compute_features(EXIT_FEATURES, np.tile(raw, (3, 4, 1)), layer=np.arange(4) / 16, trace=np.zeros((3, 1)))
+    assert many.shape == (3, 4, 6)
+    np.testing.assert_allclose(many[1, :, 3], np.arange(4) / 16)
+
+
+def test_signals_of_the_decoder():
+    logits = random_logits(1, 40)[0]
+    signals = Signals(logits, layer=4, n_layers=16, phase=2, position=3, cap=12, trace=0.5)
+    raw = raw_signals(logits[None])[0].numpy()
+    np.testing.assert_array_equal(signals.raw, raw)
+    assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
+    expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, phase=2.0, position=0.25)
+    np.testing.assert_array_equal(signals.features(DRAFT_FEATURES), expected)
+
+
+def test_trace_window_and_trace_feature_agree():
+    values = np.abs(random_logits(1, 40, 9.0)[0].numpy())
+    values[7] = 80.0  # floored at 30
+    window = TraceWindow()
+    assert window.mean() == 0.0
+    seen = []
+    for value in values.tolist():
+        seen.append(window.mean())
+        window.push(value)
+    np.testing.assert_allclose(trace_feature(values), seen, rtol=1e-5)
+    at = 20
+    np.testing.assert_allclose(seen[at], np.minimum(values, 30.0)[at - TRACE_WINDOW : at].mean(), rtol=1e-5)
+    np.testing.assert_allclose(seen[3], values[:3].mean(), rtol=1e-6)
+    assert len(trace_feature(np.zeros(0))) == 0
+
+
+def test_trace_of_drafts_not_yet_verified():
+    window = TraceWindow()
+    assert window.mean([2.0, 4.0]) == 3.0
+    for value in range(8):
+        window.push(float(value))
+    assert window.mean() == 3.5
+    assert window.mean([10.0]) == (1 + 2 + 3 + 4 + 5 + 6 + 7 + 10) / 8
+    assert window.mean([1.0] * 12) == 1.0
+    assert window.mean() == 3.5  # asking changes nothing
+
+
+def test_feature_sets():
+    assert select_features("paper", "exit") == PAPER_FEATURES == ("confidence", "entropy", "trace")
+    assert select_features("extended", "exit") == EXIT_FEATURES
+    assert select_features("extended", "draft") == (*EXIT_FEATURES, "phase", "position")
+    assert select_features(["top1", "layer"], "exit") == ("top1", "layer")
+    low, high = feature_bounds(DRAFT_FEATURES, 97)
+    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 1, 0])
+    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 2, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "mdp", "says"),
+    [
+        ("all", "exit", "features='all' is unknown"),
+        (("entropy", "phase"), "exit", "phase"),
+        (("entropy", "entropy"), "exit", "distinct"),
+        ((), "draft", "distinct names out of"),
+    ],
+)
+def test_feature_sets_that_do_not_exist(features, mdp, says):
+    with pytest.raises(LedeError, match=says):
+        select_features(features, mdp)
