@@ -82,7 +82,7 @@ def main(args: Args) -> None:
     about = {"command": "python -m benchmarks.cpu_speed", **machine(), **{k: str(v) for k, v in vars(args).items()}}
     about["texts unlike transformers'"] = differences(timings)
     write_results(args.out, "cpu_speed", rows, about)
-    console.print(f"texts that differ from transformers': {about['texts unlike transformers']}; written to {args.out}")
+    console.print(f"texts that differ from transformers': {about["texts unlike transformers'"]}; written to {args.out}")
 
 
 def transformers_method(model, max_new_tokens: int, early_exit: tuple[int, int, float] | None = None) -> Method:

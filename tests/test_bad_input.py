@@ -16,7 +16,7 @@ import lede_env
 from lede_env import cli
 from lede_env.decoding.strategies import Autoregressive, LayerSkip, Lede, parse_strategy
 from lede_env.errors import LedeError
-from lede_env.models.loading import load_model
+from lede_env.models.loading import EMBEDDED, load_model
 from lede_env.policies import RandomPolicy, StaticPolicy, ThresholdPolicy
 from tests.small_models import save_random_model, untrained_policy
 
@@ -55,6 +55,11 @@ def edit_tensors(folder, edit):
 
 def test_a_sound_folder_loads(copy):
     assert load_model(copy, device="cpu").name == "spoilt"
+    assert load_model(copy, device="cpu") is load_model(str(copy), device="cpu")
+    assert load_model(copy, device="cpu", dtype="float64").dtype == torch.float64
+    # The embedded model by its path is a checkpoint like any other, whatever was loaded first.
+    assert load_model(EMBEDDED, device="cpu").weights == "checkpoint"
+    assert load_model("tiny", device="cpu").weights == "embedded"
 
 
 def test_unknown_model(tmp_path):
