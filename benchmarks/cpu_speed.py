@@ -80,9 +80,9 @@ def main(args: Args) -> None:
     rows = table(timings)
     print_table(f"greedy, embedded model, float32, batch 1, {args.threads} threads", rows, console)
     about = {"command": "python -m benchmarks.cpu_speed", **machine(), **{k: str(v) for k, v in vars(args).items()}}
-    about["texts unlike transformers'"] = differences(timings)
-    write_results(args.out, "cpu_speed", rows, about)
-    console.print(f"texts that differ from transformers': {about["texts unlike transformers'"]}; written to {args.out}")
+    different = differences(timings)
+    write_results(args.out, "cpu_speed", rows, {**about, "texts unlike those of transformers": different})
+    console.print(f"texts unlike those of transformers: {different}; written to {args.out}")
 
 
 def transformers_method(model, max_new_tokens: int, early_exit: tuple[int, int, float] | None = None) -> Method:

@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     rows = compare(args, lm, strategies, console)
     print_table("LEDE-Tiny-v0, greedy, embedded model, float32, batch 1", rows, console)
     write_results(args.out, "table", rows, {"command": "make demo", **machine(), **vars(args), "out": str(args.out)})
-    prompt = load_prompts("code", "test")[0]
+    prompt = load_prompts("lm", "test")[0]
     shown: Generation = lede_env.generate(lm, prompt.text, strategy=strategies["LEDE"], max_new_tokens=64)
     exit_heat_map(shown, lm.n_layers, [lm.decode([token]) for token in shown.token_ids], args.out / "heat_map.png")
     console.print(

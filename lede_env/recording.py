@@ -38,7 +38,8 @@ def make_player_envs(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
 
 
 def play(envs: VectorEnv, act: Act, numbers: Sequence[int], seed: int) -> Iterator[tuple[int, Episode]]:
-    """Play the episodes of these numbers, in waves of as many as there are environments; yields (number, episode).
+    """Play the episodes of these numbers, in waves of as many as there are environments; yields (number, episode)
+    in order.
 
     A wave's episodes begin together, so that every forward of the model serves all of them.
     """
@@ -53,6 +54,7 @@ def _play_wave(envs: VectorEnv, act: Act, playing: np.ndarray, seed: int) -> Ite
     prompts, steps = np.zeros(len(playing), np.int64), np.zeros(len(playing), np.int64)
     observations, infos = _start(envs, playing, prompts, seed)
     history: list[dict[str, np.ndarray]] = []  # the steps of all environments, a row each
+    episodes: dict[int, Episode] = {}
     while (playing >= 0).any():
         actions, logprobs = act(observations, playing, steps)
         following, rewards, terminals, timeouts, outcome = envs.step(actions)
@@ -67,9 +69,10 @@ def _play_wave(envs: VectorEnv, act: Act, playing: np.ndarray, seed: int) -> Ite
         steps += playing >= 0
         for i in np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist():
             columns = {name: np.array([row[name][i] for row in history], dtype) for name, dtype in COLUMNS.items()}
-            number, playing[i] = int(playing[i]), -1
-            yield number, Episode(**columns, final_observation=following[i])
+            episodes[int(playing[i])] = Episode(**columns, final_observation=following[i])
+            playing[i] = -1
         observations, infos = following, outcome
+    yield from sorted(episodes.items())  # by number: in the order they finish, short ones would come first
 
 
 def _start(envs: Any, playing: np.ndarray, prompts: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -179,12 +182,9 @@ def record(
         )
         attributes = run_attributes(envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy))
         with TrajectoryWriter(out, attributes, core.prompt_ids, core.features, resume=resume) as writer:
-            finished: dict[int, Episode] = {}
-            first = writer.episodes
-            for number, episode in play(envs, policy_act(policy, core.features, seed), range(first, episodes), seed):
-                finished[number] = episode
-                while writer.episodes in finished:  # in order, whatever the order they finish in
-                    writer.append(finished.pop(writer.episodes))
+            numbers = range(writer.episodes, episodes)
+            for _, episode in play(envs, policy_act(policy, core.features, seed), numbers, seed):
+                writer.append(episode)
                 if progress:
                     progress(writer.episodes)
         return read_trajectories(out, columns=()).n_rows
