@@ -8,6 +8,7 @@ test prompts, in turn, after a warm-up; a figure is the median over repeats, sum
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,11 @@ def main(args: Args) -> None:
     timings = time_methods(methods, prompts, args.repeats, console)
     rows = table(timings)
     print_table(f"greedy, embedded model, float32, batch 1, {args.threads} threads", rows, console)
-    about = {"command": "python -m benchmarks.cpu_speed", **machine(), **{k: str(v) for k, v in vars(args).items()}}
+    about = {
+        "command": " ".join(["python -m benchmarks.cpu_speed", *sys.argv[1:]]),
+        **machine(),
+        **{k: str(v) for k, v in vars(args).items()},
+    }
     different = differences(timings)
     write_results(args.out, "cpu_speed", rows, {**about, "texts unlike those of transformers": different})
     console.print(f"texts unlike those of transformers: {different}; written to {args.out}")

@@ -31,7 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Hardware, versions and commit: what a figure came from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -144,7 +144,7 @@ def record(
         out: the HDF5 file.
         seed: of the run: prompts, draws and coins.
         resume: go on with a file that a killed or shorter run left.
-        num_envs: sequences decoded together; the file does not depend on it.
+        num_envs: sequences decoded together; changes the file by float rounding at most.
         task: overrides the task the id pins; likewise split, max_new_tokens, temperature and device.
         split: see task.
         max_new_tokens: see task.
@@ -216,6 +216,9 @@ def main() -> None:
         message = escape(" ".join(str(error).split()))  # one line, and no part of it taken for markup
         Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that is not there: the message names the path
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

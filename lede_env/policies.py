@@ -235,7 +235,7 @@ def load_policy(path: str | Path) -> MLPPolicy:
             model_name=card["model_name"],
             training=card["training"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise LedeError(f"{card_file} is malformed ({error!r}); export the policy again") from error
 
 

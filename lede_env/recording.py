@@ -1,7 +1,8 @@
 """Playing episodes and logging them: the one loop behind `lede record` and the reference agents.
 
 Episode n of a run depends on (seed, n) alone: its prompt, its draws and its coins. So the number of environments
-played together, and a stop and resume in between, leave no trace in the file.
+played together, and a stop and resume in between, leave no trace in the file, but for float rounding in the
+observations (up to 1e-4: the model's sums depend on how many rows it runs).
 """
 
 from __future__ import annotations

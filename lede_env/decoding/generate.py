@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -365,6 +365,8 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts of an argument, and whether it was one prompt."""
     if isinstance(prompt, str):
         return [prompt], True
+    if isinstance(prompt, Mapping | bytes):
+        raise LedeError(f"prompt {prompt!r:.80} is neither a text, a list of chat messages nor a list of token ids")
     items = list(prompt)
     if not items:
         raise LedeError("the prompt is empty; give at least one character or one token id")

@@ -51,8 +51,8 @@ class Sampling:
     top_p: float = 1.0  # 1: off
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise LedeError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.temperature != 0.0 and not 1e-4 <= self.temperature < float("inf"):
+            raise LedeError(f"temperature={self.temperature} must be 0 (greedy) or a positive number, at least 0.0001")
         if self.top_k < 0:
             raise LedeError(f"top_k={self.top_k} must be 0 (off) or a positive count of tokens")
         if not 0.0 < self.top_p <= 1.0:

@@ -67,6 +67,11 @@ def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
     if not layers or list(layers) != sorted(set(layers)):
         raise LedeError(f"candidate_layers={layers} must be ascending and distinct, at least one")
     costs = load_cost_model(config.cost_model)
+    if costs.n_layers != lm.n_layers:
+        raise LedeError(
+            f"cost_model={config.cost_model!r} was measured on {costs.model}, of {costs.n_layers} layers, but "
+            f"{lm.name} has {lm.n_layers}; measure one with python -m lede_env.engine.cost_model --model {lm.name}"
+        )
     low, high = feature_bounds(features, lm.geometry.vocab)
     return ExitMDP(
         backend=LiveBackend(

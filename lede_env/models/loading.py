@@ -40,7 +40,7 @@ def load_model(name: str | os.PathLike, *, device: str = "auto", dtype: str | to
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
     folder, weights = resolve_folder(name)
-    key = (str(folder), weights, str(where), kind)
+    key = (str(folder.resolve()), weights, str(where), kind)
     if key not in _loaded:
         _loaded[key] = _load_folder(str(name), folder, weights, where, kind)
     return _loaded[key]

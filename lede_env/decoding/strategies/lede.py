@@ -57,5 +57,8 @@ class Lede(Strategy):
             if lm.weights != "embedded":
                 raise LedeError(f"no policy ships with model {lm.name!r}; train one and pass Lede(load_policy(PATH))")
             policy = load_policy("tiny")
+        made_for = getattr(policy, "n_layers", lm.n_layers)  # of those that read the layer number off a share of L
+        if made_for != lm.n_layers:
+            raise LedeError(f"the policy was made for {made_for} layers, but {lm.name} has {lm.n_layers}")
         check_compatible(policy, lm.fingerprint, lm.candidate_layers, DRAFT_FEATURES, "draft")
         return _DualControl(policy, lm.candidate_layers)
