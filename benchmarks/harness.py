@@ -183,7 +183,8 @@ def print_table(title: str, rows: list[dict[str, Any]], console: Console) -> Non
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+        text = isinstance(rows[0].get(column), str)
+        table.add_column(column, justify="left" if text else "right", overflow="fold", min_width=12 if text else 5)
     for row in rows:
         table.add_row(*(shown(row.get(column, "")) for column in columns))
     console.print(table)
