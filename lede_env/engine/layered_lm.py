@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,6 @@ class LayeredLM:
     head: Tensor  # (H, V)
     norm_eps: Tensor  # (), float32 at least
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
-    folder: str | None = field(default=None)
 
     def __repr__(self) -> str:
         return f"LayeredLM({self.name!r}, {self.weights}, {self.n_layers} layers, {self.dtype}, {self.device})"

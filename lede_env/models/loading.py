@@ -142,7 +142,6 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
             config.rms_norm_eps, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32
         ),
         rope=rope_table(config, geometry, device, dtype),
-        folder=str(folder),
     )
 
 
