@@ -169,9 +169,12 @@ def n_step_targets(
 
 
 def transitions(
-    data: Trajectories | Mapping[str, np.ndarray], observe: Callable[[np.ndarray], np.ndarray], n: int, gamma: float
+    data: Mapping[str, np.ndarray], observe: Callable[[np.ndarray], np.ndarray], before_last: int, n: int, gamma: float
 ) -> dict[str, np.ndarray]:
-    """n-step transitions of whole episodes, arrays as in a trajectory file; observe: what the network sees of them."""
+    """n-step transitions of whole episodes, arrays as in a trajectory file; observe: what the network sees of them.
+
+    before_last: the last candidate layer but one, whose `continue` leads to where the exit is forced (0: nowhere).
+    """
     observations = observe(data["observations"])  # (T, F)
     ends = np.zeros(len(observations), bool)
     ends[[*data["episode_starts"][1:].astype(np.int64) - 1, -1]] = True
@@ -179,14 +182,18 @@ def transitions(
     next_observations[ends] = observe(data["final_observations"])
     discounts = np.where(data["terminals"], 0.0, data["discount"])
     returns, factor, last = n_step_targets(data["rewards"], discounts, ends, n, gamma)
+    # At the last candidate either action exits: being there is worth Q(exit) (`next_forced`), and the sums above hold
+    # that exit's reward whichever action was logged. The decoder also asks there whether to draft on; to it `continue`
+    # declines, worth 0. So a row that chose `continue` there (forced) teaches that 0, one that chose exit its reward.
+    returns[data["forced"]] = factor[data["forced"]] = 0
     return {
         "observations": observations,
-        # Where the last candidate forces the exit, exiting is what was done. Learning it as a `continue` would tie the
-        # two values there, and the decoder, which asks this policy whether to draft on, would get a coin's answer.
-        "actions": np.where(data["forced"], EXIT, data["actions"]).astype(np.int64),
+        "actions": data["actions"].astype(np.int64),
         "returns": returns,
         "factor": factor,
         "next_observations": next_observations[last],
+        # Told by the step that led there, a `continue` where factor > 0: an episode's final observation has no row.
+        "next_forced": data["layer"][last] == before_last,
     }
 
 
@@ -217,10 +224,11 @@ def td_gradient(
 ) -> tuple[float, np.ndarray]:
     """Mean squared n-step TD error (section 3.2), and its gradient (2, P) by the means and the sigmas.
 
-    target: (2, P) the target network's parameters; it picks and values the greedy action of the state reached.
+    target: (2, P) the target network's parameters; it values the state reached: by the greedy action, or a forced exit.
     """
     next_q, _ = forward(network.layers(target[0] + target[1] * target_noise), batch["next_observations"])
-    goals = batch["returns"] + batch["factor"] * next_q.max(axis=1)  # (B,)
+    next_values = np.where(batch["next_forced"], next_q[:, EXIT], next_q.max(axis=1))  # (B,)
+    goals = batch["returns"] + batch["factor"] * next_values
     layers = network.layers(network.parameters[0] + network.parameters[1] * noise)
     q, inputs = forward(layers, batch["observations"])
     taken = np.arange(len(q)), batch["actions"]
@@ -236,12 +244,14 @@ def td_gradient(
 class Learner:
     """Network, target network, optimiser and replay buffer: acts, and updates from replay.
 
-    available: names of all features that observations come with; `args.features` selects among them.
+    available: names of all features that observations come with; attributes: as in a trajectory file's header.
     """
 
-    def __init__(self, args: Args, available: Sequence[str], mdp: str) -> None:
+    def __init__(self, args: Args, available: Sequence[str], attributes: Mapping[str, Any]) -> None:
         self.args, self.rng = args, np.random.default_rng(args.seed)
-        self.features = select_features(args.features, mdp)
+        self.features = select_features(args.features, attributes["mdp"])
+        # See `transitions`. The draft MDP forces no exit.
+        self.before_last = (0, *attributes["candidate_layers"])[-2] if attributes["mdp"] == "exit" else 0
         self.columns = [available.index(name) for name in self.features]
         self.mean, self.std = np.zeros(len(self.columns), np.float32), np.ones(len(self.columns), np.float32)
         self.network = NoisyMLP(len(self.columns), args.hidden, args.sigma, self.rng)
@@ -255,7 +265,7 @@ class Learner:
         logged = data["observations"][:, self.columns].astype(np.float64)
         std = logged.std(axis=0)
         self.mean, self.std = (a.astype(np.float32) for a in (logged.mean(axis=0), np.where(std > 1e-6, std, 1)))
-        batch = transitions(data, self.observe, self.args.n_step, self.args.gamma)
+        batch = transitions(data.arrays, self.observe, self.before_last, self.args.n_step, self.args.gamma)
         self.buffer = ReplayBuffer(max(self.args.buffer_size, len(logged)), batch)
         self.target = self.network.parameters.copy()
 
@@ -265,8 +275,9 @@ class Learner:
 
     def remember(self, episode: Episode) -> None:
         """Put a finished episode into the buffer."""
-        ends = {"episode_starts": np.zeros(1, int), "final_observations": episode.final_observation[None]}
-        self.buffer.add(transitions(vars(episode) | ends, self.observe, self.args.n_step, self.args.gamma))
+        tables = {"episode_starts": np.zeros(1, int), "final_observations": episode.final_observation[None]}
+        data = vars(episode) | tables  # as a file of this episode alone
+        self.buffer.add(transitions(data, self.observe, self.before_last, self.args.n_step, self.args.gamma))
 
     def act(self, observations: np.ndarray, numbers: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Greedy actions of one draw of the noisy network, as `lede_env.recording.play` asks for them.
@@ -359,7 +370,9 @@ def summary_writer(folder: Path) -> Any:
 def learn_offline(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
     """Learn from `args.offline` alone; returns the learner and the file's attributes."""
     data = read_trajectories(args.offline)
-    learner = Learner(args, data.attributes["features"], data.attributes["mdp"])
+    if not data.n_episodes:
+        raise LedeError(f"{args.offline} holds no episodes; go on with its recording by --resume, or give another file")
+    learner = Learner(args, data.attributes["features"], data.attributes)
     learner.start(data)
     while learner.updates < args.offline_updates:
         learner.update(min(args.target_every, args.offline_updates - learner.updates))
@@ -373,7 +386,7 @@ def learn_online(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[st
     try:
         attributes = run_attributes(envs, env_id=args.env_id, seed=args.seed, policy="untrained noisy network")
         core, path = envs.unwrapped, args.out / "exploration.h5"
-        learner = Learner(args, core.features, attributes["mdp"])
+        learner = Learner(args, core.features, attributes)
         path.unlink(missing_ok=True)  # the previous run's
         with TrajectoryWriter(path, attributes, core.prompt_ids, core.features) as writer:
             for _, episode in play(envs, learner.act, range(args.exploration_episodes), args.seed):

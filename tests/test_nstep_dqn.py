@@ -22,7 +22,7 @@ from agents.nstep_dqn import (
     train,
     transitions,
 )
-from lede_env.data.trajectory_file import read_trajectories
+from lede_env.data.trajectory_file import TrajectoryWriter, read_trajectories
 from lede_env.errors import LedeError
 from lede_env.policies import load_policy
 
@@ -139,43 +139,97 @@ def test_n_longer_than_a_token_never_reaches_the_next():
     assert (factor == 0).all()
 
 
-def episode_arrays(terminal: bool) -> dict:
-    """Two episodes of 2 and 1 continues; the first ends by terminal or truncation, inside a token."""
+BEFORE_LAST = LAYERS[-2]  # a `continue` there leads to the last candidate
+
+
+def episode_arrays(terminal: bool = False) -> dict:
+    """Two episodes, cut inside a token: a token left at the last candidate by force and one on its way; one step."""
     return {
-        "observations": np.array([[0.0, 9.0], [1.0, 9.0], [2.0, 9.0]], np.float32),
+        "observations": np.array([[i, 9.0] for i in range(6)], np.float32),
         "final_observations": np.array([[10.0, 9.0], [20.0, 9.0]], np.float32),
-        "episode_starts": np.array([0, 2], np.uint64),
-        "actions": np.zeros(3, np.uint8),
-        "rewards": np.array([1.0, 2.0, 4.0], np.float32),
-        "discount": np.ones(3, np.float32),
-        "forced": np.array([False, False, True]),
-        "terminals": np.array([False, terminal, False]),
-        "timeouts": np.array([False, not terminal, True]),
+        "episode_starts": np.array([0, 5], np.uint64),
+        "layer": np.array([2, 4, 6, 2, 4, 2], np.uint8),
+        "actions": np.zeros(6, np.uint8),
+        "rewards": np.array([1.0, 2.0, 8.0, 1.0, 4.0, 16.0], np.float32),
+        "discount": np.array([1, 1, 0, 1, 1, 1], np.float32),
+        "forced": np.array([False, False, True, False, False, False]),
+        "terminals": np.array([False, False, False, False, terminal, False]),
+        "timeouts": np.array([False, False, False, False, not terminal, True]),
     }
 
 
-def test_truncation_bootstraps_from_the_final_observation():
-    batch = transitions(episode_arrays(terminal=False), lambda x: x[:, :1], n=3, gamma=0.5)
-    np.testing.assert_allclose(batch["returns"], [2.0, 2.0, 4.0])
-    np.testing.assert_allclose(batch["factor"], [0.25, 0.5, 0.5])  # gamma to the number of steps really taken
-    np.testing.assert_allclose(batch["next_observations"][:, 0], [10.0, 10.0, 20.0])
-
-
-def test_termination_never_bootstraps():
-    batch = transitions(episode_arrays(terminal=True), lambda x: x[:, :1], n=3, gamma=0.5)
-    np.testing.assert_allclose(batch["returns"], [2.0, 2.0, 4.0])
-    np.testing.assert_allclose(batch["factor"], [0.0, 0.0, 0.5])
-
-
-def test_a_forced_exit_is_learned_as_an_exit():
-    batch = transitions(episode_arrays(terminal=False), lambda x: x, n=1, gamma=0.5)
-    assert batch["actions"].tolist()[:2] == episode_arrays(terminal=False)["actions"].tolist()[:2]
-    assert batch["actions"][2] == 1
+def first_column(observations: np.ndarray) -> np.ndarray:
+    return observations[:, :1]
 
 
 def test_one_step_bootstraps_from_the_next_row():
-    batch = transitions(episode_arrays(terminal=False), lambda x: x, n=1, gamma=0.5)
-    np.testing.assert_allclose(batch["next_observations"], [[1.0, 9.0], [10.0, 9.0], [20.0, 9.0]])
+    batch = transitions(episode_arrays(), first_column, BEFORE_LAST, n=1, gamma=0.5)
+    np.testing.assert_allclose(batch["returns"], [1, 2, 0, 1, 4, 16])
+    np.testing.assert_allclose(batch["factor"], [0.5, 0.5, 0, 0.5, 0.5, 0.5])
+    reached = batch["factor"] > 0
+    np.testing.assert_allclose(batch["next_observations"][reached, 0], [1, 2, 4, 10, 20])
+    assert batch["next_forced"][reached].tolist() == [False, True, False, True, False]
+
+
+def test_two_steps_reach_the_last_candidate():
+    batch = transitions(episode_arrays(), first_column, BEFORE_LAST, n=2, gamma=0.5)
+    assert (batch["returns"][0], batch["factor"][0]) == (1 + 0.5 * 2, 0.25)
+    assert batch["next_observations"][0, 0] == 2 and batch["next_forced"][0]
+
+
+def test_truncation_bootstraps_from_the_final_observation():
+    batch = transitions(episode_arrays(), first_column, BEFORE_LAST, n=3, gamma=0.5)
+    np.testing.assert_allclose(batch["returns"][3:], [1 + 0.5 * 4, 4, 16])
+    np.testing.assert_allclose(batch["factor"][3:], [0.25, 0.5, 0.5])  # gamma to the number of steps really taken
+    np.testing.assert_allclose(batch["next_observations"][3:, 0], [10, 10, 20])
+    assert batch["next_forced"][3:].tolist() == [True, True, False]  # final observations at layers 6, 6 and 4
+
+
+def test_termination_never_bootstraps():
+    batch = transitions(episode_arrays(terminal=True), first_column, BEFORE_LAST, n=3, gamma=0.5)
+    np.testing.assert_allclose(batch["returns"][3:], [3, 4, 16])
+    np.testing.assert_allclose(batch["factor"][3:], [0, 0, 0.5])
+
+
+def test_continue_at_the_last_candidate_teaches_0_and_the_rows_before_the_exit_it_forced():
+    data = episode_arrays()
+    batch = transitions(data, first_column, BEFORE_LAST, n=3, gamma=0.5)
+    np.testing.assert_allclose(batch["returns"][:3], [1 + 0.5 * 2 + 0.25 * 8, 2 + 0.5 * 8, 0])
+    np.testing.assert_allclose(batch["factor"][:3], 0)
+    assert batch["actions"][2] == 0
+    data["actions"][2], data["forced"][2] = 1, False  # the same exit by choice
+    chosen = transitions(data, first_column, BEFORE_LAST, n=3, gamma=0.5)
+    np.testing.assert_allclose(chosen["returns"][:3], [4, 6, 8])
+    np.testing.assert_allclose(chosen["factor"][:3], 0)
+    assert chosen["actions"][2] == 1
+
+
+def test_being_at_the_last_candidate_is_worth_the_exit():
+    network = NoisyMLP(1, 4, 0.5, np.random.default_rng(0))
+    network.parameters[:] = 0
+    target = network.parameters.copy()
+    network.layers(target[0])[-1][-1] = 5, 2  # Q(continue), Q(exit) everywhere
+    batch = {
+        "observations": np.zeros((2, 1), np.float32),
+        "actions": np.array([0, 0]),
+        "returns": np.array([1, 1], np.float32),
+        "factor": np.array([0.5, 0.5], np.float32),
+        "next_observations": np.zeros((2, 1), np.float32),
+        "next_forced": np.array([False, True]),
+    }
+    loss, gradient = td_gradient(network, target, batch, *np.zeros_like(target))
+    goals = 1 + 0.5 * 5, 1 + 0.5 * 2
+    assert loss == pytest.approx((goals[0] ** 2 + goals[1] ** 2) / 2)
+    np.testing.assert_allclose(network.layers(gradient[0])[-1][-1], [-sum(goals), 0])
+
+
+@pytest.mark.parametrize(
+    ("mdp", "candidates", "before_last"), [("exit", [2, 4, 6], 4), ("exit", [4], 0), ("draft", [2, 4, 6], 0)]
+)
+def test_only_the_exit_mdp_forces_and_only_after_a_continue(tmp_path, mdp, candidates, before_last):
+    attributes = {**ToyExit.attributes, "mdp": mdp, "candidate_layers": candidates}
+    learner = nstep_dqn.Learner(toy_args(tmp_path, features="paper"), FEATURES, attributes)
+    assert learner.before_last == before_last
 
 
 def test_replay_ring_overwrites_the_oldest():
@@ -240,6 +294,7 @@ def test_loss_and_gradient_are_those_of_torch():
         "returns": rng.normal(size=32).astype(np.float32),
         "factor": rng.choice(np.array([0.0, 0.9], np.float32), 32),
         "next_observations": rng.normal(size=(32, 3)).astype(np.float32),
+        "next_forced": rng.random(32) < 0.5,
     }
     loss, gradient = td_gradient(network, target, batch, noise, target_noise)
 
@@ -248,7 +303,8 @@ def test_loss_and_gradient_are_those_of_torch():
     f_noise, f_target = (f_noise_of(draw, network.shapes) for draw in draws)
     next_q = torch_q(torch.from_numpy(target), f_target, network.shapes, t["next_observations"])
     q = torch_q(vectors, f_noise, network.shapes, t["observations"])
-    goals = t["returns"] + t["factor"] * next_q.max(dim=1).values
+    next_values = torch.where(t["next_forced"], next_q[:, 1], next_q.max(dim=1).values)
+    goals = t["returns"] + t["factor"] * next_values
     expected = torch.nn.functional.mse_loss(q.gather(1, t["actions"][:, None])[:, 0], goals)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -360,6 +416,35 @@ def test_learns_the_toy_offline(finished, tmp_path):
     assert result.policy.model_fingerprint == "toy0" and result.policy.candidate_layers == LAYERS
 
 
+def test_declines_at_the_last_candidate_what_is_likely_wrong(finished):
+    """What the decoder asks there; in the environment either answer exits."""
+    x = np.random.default_rng(0).normal(size=(400, len(FEATURES))).astype(np.float32)
+    x[:, 3] = LAYERS[-1] / N_LAYERS
+    for wrong in (False, True):
+        x[:, 0] = np.linspace(0, 0.4, 400) + 0.6 * wrong
+        assert (finished[1].policy.exit_probability(x) == (not wrong)).mean() > 0.95
+
+
+def test_next_forced_agrees_with_the_layers_of_the_log(finished):
+    data = read_trajectories(finished[0] / "exploration.h5")
+    batch = transitions(data.arrays, first_column, BEFORE_LAST, n=1, gamma=1.0)
+    inside = np.flatnonzero(batch["factor"] > 0)  # the row behind is the next decision on the same token
+    np.testing.assert_array_equal(batch["next_forced"][inside], data["layer"][inside + 1] == LAYERS[-1])
+    assert batch["next_forced"][inside].any() and not batch["next_forced"][inside].all()
+
+
+def test_a_file_of_one_episode_is_enough(tmp_path):
+    train(toy_args(tmp_path / "a", exploration_episodes=1, online_episodes=0))
+    result = train(Args(offline=tmp_path / "a" / "exploration.h5", out=tmp_path / "b", offline_updates=5))
+    assert result.history[-1]["updates"] == 5 and np.isfinite(result.history[-1]["loss"])
+
+
+def test_a_file_without_episodes_is_named(tmp_path):
+    TrajectoryWriter(tmp_path / "empty.h5", ToyExit.attributes, ["toy-0"], FEATURES).close()
+    with pytest.raises(LedeError, match=r"empty\.h5 holds no episodes.*--resume"):
+        train(Args(offline=tmp_path / "empty.h5", out=tmp_path))
+
+
 def test_one_seed_is_one_run(tmp_path):
     short = toy_args(tmp_path, exploration_episodes=10, online_episodes=10)
     runs = [train(replace(short, out=tmp_path / str(i), seed=seed)) for i, seed in enumerate((3, 3, 4))]
@@ -371,7 +456,7 @@ def test_one_seed_is_one_run(tmp_path):
 
 
 def test_exported_policy_acts_as_the_mean_network(tmp_path):
-    learner = nstep_dqn.Learner(toy_args(tmp_path, features="paper"), FEATURES, "exit")
+    learner = nstep_dqn.Learner(toy_args(tmp_path, features="paper"), FEATURES, ToyExit.attributes)
     learner.network.parameters += np.random.default_rng(0).normal(0, 0.3, learner.network.parameters.shape)
     learner.mean, learner.std = np.array([2, 1, 0.5], np.float32), np.array([3, 0.1, 1], np.float32)
     nstep_dqn.export_policy(learner, ToyExit.attributes).save(tmp_path)
