@@ -75,7 +75,7 @@ def test_hub_id_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with refuses("could not get nobody/nothing", "https://huggingface.co/nobody/nothing", "hf auth login", "folder"):
         load_model("nobody/nothing")
-    with refuses("could not get facebook/layerskip-llama2-7B", "Llama 2 Community License"):
+    with refuses("could not get facebook/layerskip-llama2-7B", "FAIR Noncommercial Research License"):
         load_model("llama2-7b")
 
 
@@ -86,7 +86,7 @@ def test_a_gpu_where_there_is_none(device):
         load_model("tiny", device=device)
 
 
-@pytest.mark.parametrize("device", ["tpu", "gpu", "mps", ""])
+@pytest.mark.parametrize("device", ["tpu", "gpu", "mps", "", None])
 def test_unknown_device(device):
     with refuses(f"device={device!r} is unknown", "'auto', 'cpu', 'cuda' or 'cuda:N'"):
         load_model("tiny", device=device)
@@ -117,6 +117,41 @@ CONFIGS = {
         dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)),
         ("rope_type='longrope'", "not supported"),
     ),
+    "unknown RoPE": (
+        dict(rope_parameters=dict(rope_type="spiral", rope_theta=1e4)),
+        ("rope_type='spiral'", "not supported", "default, linear, llama3, yarn", "use another checkpoint"),
+    ),
+    "unknown RoPE, in the older form": (
+        dict(rope_parameters=None, rope_scaling=dict(type="spiral", factor=2.0)),
+        ("rope_type='spiral'", "not supported", "default, linear, llama3, yarn", "use another checkpoint"),
+    ),
+    "RoPE without its factor": (
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4)),
+        ("transformers refuses", "factor", "correct it"),
+    ),
+    "RoPE over a part of the head": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+        ("partial_rotary_factor=0.5", "not supported"),
+    ),
+    "RoPE's theta": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta=0)),
+        ("rope_theta=0", "expected a positive number", "correct it"),
+    ),
+    "RoPE's theta, a text": (
+        dict(rope_parameters=dict(rope_type="default", rope_theta="x")),
+        ("rope_theta='x'", "expected a number", "correct it"),
+    ),
+    "RoPE's factor": (
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor="x")),
+        ("factor='x'", "expected a number", "correct it"),
+    ),
+    "one layer": (dict(num_hidden_layers=1), ("num_hidden_layers=1", "expected at least 2", "correct it")),
+    "key heads": (
+        dict(num_key_value_heads=3),
+        ("num_key_value_heads=3", "expected a divisor of 4 heads", "correct it"),
+    ),
+    "context": (dict(max_position_embeddings=0), ("max_position_embeddings=0", "expected at least 2", "correct it")),
+    "eps": (dict(rms_norm_eps=-1.0), ("rms_norm_eps=-1.0", "expected a small positive number", "correct it")),
     "activation": (dict(hidden_act="gelu"), ("hidden_act='gelu'", "SiLU")),
     "biases": (dict(attention_bias=True), ("attention_bias=true", "not supported")),
     "quantised": (dict(quantization_config=dict(quant_method="fp8")), ("quantization_config", "unquantised weights")),
@@ -166,6 +201,18 @@ def test_missing_files(copy):
         load_model(copy, device="cpu", dtype="float64")
 
 
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 3}},
+     {"weight_map": {"a": "../other/model.safetensors"}}, {"weight_map": {"a": "model.bin"}}],
+    ids=str,
+)  # fmt: skip
+def test_an_index_of_shards_that_names_none(copy, index):
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refuses("model.safetensors.index.json", "'weight_map'", "*.safetensors files beside it", "download it again"):
+        load_model(copy, device="cpu")
+
+
 def test_pickled_weights_are_never_loaded(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with refuses("no *.safetensors", ".bin files are pickles", "convert"):
@@ -197,9 +244,28 @@ def test_an_untied_head_must_be_there(copy):
         load_model(copy, device="cpu")
 
 
-def test_a_damaged_tokenizer(copy):
-    (copy / "tokenizer.json").write_text("{")
-    with refuses("tokenizer files", "cannot be read", "download them again"):
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_truncated_tokenizer(copy, file, keep):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, copy)
+    assert load_model(copy, device="cpu", dtype="float64").encode("hi")
+    content = (copy / file).read_bytes()
+    (copy / file).write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with refuses(f"tokenizer files of {copy} cannot be read", "download them again"):
+        load_model(copy, device="cpu")
+
+
+def test_a_damaged_sentencepiece_tokenizer(copy):
+    (copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05")
+    with refuses("tokenizer files", "cannot be read", "tokenizer.json, or `pip install sentencepiece`"):
+        load_model(copy, device="cpu")
+
+
+@pytest.mark.parametrize("eos", ["</s>", 1.5, True, [2, "</s>"], [[2]]], ids=repr)
+def test_eos_ids_that_are_none(copy, eos):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with refuses("generation_config.json", f"eos_token_id={eos!r}", "a token id or a list", "correct it"):
         load_model(copy, device="cpu")
 
 
@@ -302,7 +368,7 @@ def test_policies_made_for_something_else(tiny):
     candidates = str(tiny.candidate_layers)
     cases = [
         (untrained_policy(tiny, model_fingerprint="0123", model_name="other"), ("'other'", "0123", tiny.fingerprint)),
-        (untrained_policy(tiny, candidate_layers=(4, 8)), ("candidate layers (4, 8)", candidates, "train")),
+        (untrained_policy(tiny, candidate_layers=(4, 17)), ("exit layer 17 is out of range", "1..15")),
         (untrained_policy(tiny, features=("confidence", *"abcdefg")), ("'a'", "missing", "train")),
         (StaticPolicy(5, 16), ("exits at layer 5", candidates, "choose")),
         (ThresholdPolicy({12: 0.9}, 16), ("no threshold for layers", "only for [12]", "every candidate layer")),
@@ -324,13 +390,17 @@ def test_absent_policy(tmp_path):
 
 @pytest.mark.parametrize("text", ["foo", "LayerSkip:4,5", "", ":4"])
 def test_unknown_strategy(text):
-    with refuses(f"strategy {text!r} is unknown", "autoregressive, layerskip, lede", "layerskip:4,5"):
+    with refuses(
+        f"strategy {text!r} is unknown",
+        "autoregressive, layerskip, fsm, draft_verify, lite, del, lede",
+        "layerskip:4,5",
+    ):
         parse_strategy(text)
 
 
 @pytest.mark.parametrize("text", ["layerskip", "layerskip:4", "layerskip:4,x", "layerskip:4,5,6", "layerskip:-4,5"])
 def test_strategy_with_the_wrong_numbers(text):
-    with refuses(f"strategy {text!r} cannot be read", "layerskip:EXIT_LAYER,SPECULATION"):
+    with refuses(f"strategy {text!r}", "write it as 'layerskip:EXIT_LAYER,SPECULATION'"):
         parse_strategy(text)
 
 
@@ -338,8 +408,12 @@ def test_strategies_from_a_command_line():
     assert parse_strategy("layerskip:4,5") == LayerSkip(4, 5)
     assert parse_strategy("autoregressive") == Autoregressive()
     assert parse_strategy("lede").policy is None
-    with refuses("strategy 'autoregressive:3' cannot be read", "write it as 'autoregressive'"):
+    assert parse_strategy("lede:exit_layer=4").exit_layer == 4
+    assert parse_strategy("fsm:4").speculation == 4
+    with refuses("strategy 'autoregressive:3'", "write it as 'autoregressive'"):
         parse_strategy("autoregressive:3")
+    with refuses("a policy, got 'tiny'", "load_policy(PATH)"):
+        Lede("tiny")
     with refuses("--policy belongs to the strategy 'lede'", "'layerskip'"):
         parse_strategy("layerskip:4,5", policy="somewhere")
     assert RandomPolicy().features == ()
@@ -384,15 +458,3 @@ def test_commands(monkeypatch, capfd, tmp_path, command, says):
     assert error.startswith("error: ") and says in error
     assert error.count("\n") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_generates(monkeypatch, capfd):
-    command = ["generate", "def f(x):", "--strategy", "layerskip:4,3", "--max-new-tokens", "6", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["lede", *command])
-    cli.main()
-    out = capfd.readouterr().out
-    assert "tiny (embedded), layerskip: 6 tokens" in out and "tokens a round" in out
-
-
-def test_model_text_cannot_steer_the_terminal():
-    assert cli.printable("a\x1b[31mb\r\x07\tc\nd\x9b é🦊") == "a[31mb\tc\nd é🦊"

@@ -7,51 +7,62 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
+OPEN = "\ufffd"  # how tokenizers decode the bytes of a character that is not complete
+
 
 class TextStream:
-    """The text of one growing sequence. Decoding is incremental: a few tokens of left context, not the whole text."""
+    """The text of one growing sequence, as decoding all of its tokens at once would give it.
 
-    CONTEXT = 4  # tokens decoded again, for tokenizers whose pieces depend on their neighbours
+    Replacement characters at the end are not text yet: the next token may complete them to a character. What stands
+    before them is, so a stop string is found at the very token that completes it, whatever else that token begins.
+    Each decoding goes over the tokens since the last complete character and a little context, not the whole text.
+    """
 
     def __init__(self, lm: LayeredLM, stop: tuple[str, ...]):
         self.lm, self.stop = lm, stop
         self.ids: list[int] = []
-        self.text = ""  # everything decoded, cut at a stop string
+        self.text = ""  # everything final, cut at a stop string
         self.sent = 0  # characters of `text` handed out
-        self._done = 0  # tokens whose text is in `text`
         self.stopped = False
+        self._open = ""  # the replacement characters after `text`
+        # ids[:_done] end in a complete character, the first _settled characters of `text` are theirs; ids[_begin:_done]
+        # alone decode to _context.
+        self._begin, self._done, self._settled, self._context = 0, 0, 0, ""
 
     def push(self, tokens: list[int]) -> int:
         """Append a round's tokens; returns how many of them the text keeps (fewer when a stop string ends it)."""
         for kept, token in enumerate(tokens, 1):
             self.ids.append(token)
+            known = len(self.text)
             self._decode()
-            if self._find_stop():
+            if self._find_stop(known):
                 return kept
         return len(tokens)
 
     def _decode(self) -> None:
-        begin = max(0, self._done - self.CONTEXT)
-        known = self.lm.decode(self.ids[begin : self._done])
-        longer = self.lm.decode(self.ids[begin:])
-        if not longer.endswith("\ufffd"):  # else the last character is still incomplete
-            self.text += longer[len(known) :]
-            self._done = len(self.ids)
+        longer = self.lm.decode(self.ids[self._begin :])
+        if longer.startswith(self._context):
+            new = longer[len(self._context) :]
+        else:  # byte-fallback tokenizers give up a whole run of bytes, complete characters too, while its end is open
+            new = self.lm.decode(self.ids[self._done :])
+        final = new.rstrip(OPEN)
+        self.text, self._open = self.text[: self._settled] + final, new[len(final) :]
+        if new and not self._open:
+            self._begin, self._done, self._settled = self._done, len(self.ids), len(self.text)
+            self._context = self.lm.decode(self.ids[self._begin :])
 
-    def _find_stop(self) -> bool:
-        window = max(0, self.sent - max(map(len, self.stop), default=0))
+    def _find_stop(self, known: int) -> bool:
+        """Cut the text at the first stop string that ends after its first `known` characters."""
+        window = max(0, known - max(map(len, self.stop), default=0))
         found = [at for string in self.stop if (at := self.text.find(string, window)) >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            self.text, self._open, self.stopped = self.text[: min(found)], "", True
         return self.stopped
 
     def take(self, last: bool = False) -> str:
-        """Text that is safe to show: not the beginning of a stop string, unless this is the end."""
-        if last and not self.stopped:
-            begin = max(0, self._done - self.CONTEXT)
-            known = self.lm.decode(self.ids[begin : self._done])
-            self.text += self.lm.decode(self.ids[begin:])[len(known) :]
-            self._done = len(self.ids)
+        """Text that is safe to show: not the beginning of a stop string, nor of a character, unless this is the end."""
+        if last:
+            self.text, self._open = self.text + self._open, ""
         end = len(self.text) - (0 if last else self._held())
         piece, self.sent = self.text[self.sent : end], max(self.sent, end)
         return piece

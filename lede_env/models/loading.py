@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from torch import Tensor
 
 from lede_env.engine.layered_lm import Geometry, Layer, LayeredLM
 from lede_env.errors import LedeError
-from lede_env.models.zoo import MODELS, default_candidates, find_spec
+from lede_env.models.config import geometry_of, read_config, read_eos_ids, read_json, settings_of
+from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec
 
-FAMILIES = ("llama", "mistral", "qwen2")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_MARGIN = 64
 EMBEDDED = Path(__file__).parent / "tiny"
 _loaded: dict[tuple, LayeredLM] = {}
@@ -47,12 +44,15 @@ def load_model(name: str | os.PathLike, *, device: str = "auto", dtype: str | to
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of "auto", "cpu", "cuda" or "cuda:N"; a missing GPU is an error, never a silent CPU."""
+    """The torch device of "auto", "cpu", "cuda" or "cuda:N"; a missing GPU is an error, never a silent CPU.
+
+    One device has one spelling: "cuda" becomes the current GPU's "cuda:N", "cpu:0" becomes "cpu".
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         where = None
     if where is None or where.type not in ("cpu", "cuda"):
         raise LedeError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
@@ -61,7 +61,9 @@ def resolve_device(device: str) -> torch.device:
             f"device={device!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} "
             "CUDA devices; use device='cpu' or 'auto', or install a CUDA build of torch"
         )
-    return where
+    if where.type == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -95,10 +97,10 @@ def resolve_folder(name: str | os.PathLike) -> tuple[Path, str]:
             f"model {text!r} is unknown: expected one of {', '.join(MODELS)}, an existing folder with config.json "
             "and *.safetensors, or a Hugging Face hub id such as 'facebook/layerskip-llama2-7B'"
         )
-    return _download(hub_id, spec.licence if spec else None), "checkpoint"
+    return _download(hub_id, spec), "checkpoint"
 
 
-def _download(hub_id: str, licence: str | None) -> Path:
+def _download(hub_id: str, spec: ModelSpec | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
@@ -107,14 +109,14 @@ def _download(hub_id: str, licence: str | None) -> Path:
     except Exception as error:  # gated, absent, offline: the hub library raises a dozen types
         raise LedeError(
             f"could not get {hub_id} from the Hugging Face hub ({type(error).__name__}). Accept its licence "
-            f"{f'({licence}) ' if licence else ''}at https://huggingface.co/{hub_id}, sign in with `hf auth login`, "
+            f"{f'({spec.licence}) ' if spec else ''}at https://huggingface.co/{hub_id}, sign in with `hf auth login`, "
             "and try again; or give load_model a local folder with config.json and *.safetensors"
         ) from error
 
 
 def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> LayeredLM:
-    config = _read_config(folder)
-    geometry = _geometry(config)
+    config = read_config(folder)
+    geometry = geometry_of(config)
     source = _Tensors(folder, device, dtype)
     layers = tuple(_layer(source, index, geometry, config.model_type == "qwen2") for index in range(geometry.n_layers))
     embedding = source.get("model.embed_tokens.weight", geometry.vocab, geometry.hidden)
@@ -124,13 +126,14 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     shared = tied and device.type != "cpu"
     head = embedding.t() if shared else source.matrix({head_source: geometry.vocab}, geometry.hidden)
     spec = find_spec(name)
+    eos_ids = read_eos_ids(folder, config)
     return LayeredLM(
         name=spec.name if spec else Path(name).resolve().name if Path(name).is_dir() else name,
         weights=weights,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.fingerprint(settings_of(config, geometry, eos_ids)),
         geometry=geometry,
         candidate_layers=spec.candidate_layers if spec else default_candidates(geometry.n_layers),
-        eos_ids=_eos_ids(folder, config),
+        eos_ids=eos_ids,
         tokenizer=_tokenizer(folder),
         device=device,
         dtype=dtype,
@@ -142,65 +145,6 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
             config.rms_norm_eps, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32
         ),
         rope=rope_table(config, geometry, device, dtype),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON or UTF-8
-        raise LedeError(f"{path} is not valid JSON ({error}); download the model again") from error
-    if not isinstance(content, dict):
-        raise LedeError(f"{path} does not hold a JSON object; download the model again")
-    return content
-
-
-def _read_config(folder: Path) -> Any:
-    """The transformers config of a folder, refused unless our forward computes exactly that model."""
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise LedeError(f"{folder} has no config.json; give a folder in Hugging Face form")
-    kind = _read_json(path).get("model_type")
-    if kind not in FAMILIES:
-        raise LedeError(f"{path} has model_type={kind!r}; supported architectures: {', '.join(FAMILIES)}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the validators of transformers raise a dozen types
-        reason = " ".join(str(error).split())
-        raise LedeError(f"transformers refuses {path} ({reason}); correct it or download the model again") from error
-    rope = config.rope_parameters["rope_type"]
-    refused = {
-        f"sliding_window={getattr(config, 'sliding_window', None)}": kind == "mistral"
-        and config.sliding_window is not None,
-        "use_sliding_window=true": kind == "qwen2" and config.use_sliding_window,
-        f"hidden_act={config.hidden_act!r}": config.hidden_act != "silu",
-        "attention_bias=true": getattr(config, "attention_bias", False),
-        "mlp_bias=true": getattr(config, "mlp_bias", False),
-        "a quantization_config": getattr(config, "quantization_config", None) is not None,
-        f"rope_type={rope!r}": rope not in ROPE_TYPES,
-    }
-    for setting, is_refused in refused.items():
-        if is_refused:
-            raise LedeError(
-                f"{path} has {setting}, which is not supported; supported: full attention, SiLU, no biases but "
-                f"Qwen2's own, unquantised weights, rope_type one of {', '.join(ROPE_TYPES)}; use another checkpoint"
-            )
-    return config
-
-
-def _geometry(config: Any) -> Geometry:
-    return Geometry(
-        n_layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        mlp=config.intermediate_size,
-        vocab=config.vocab_size,
-        context=config.max_position_embeddings,
     )
 
 
@@ -242,7 +186,7 @@ class _Tensors:
         paths = sorted(self.folder.glob("*.safetensors"))
         listing = self.folder / "model.safetensors.index.json"
         if listing.is_file():
-            shards = set(_read_json(listing).get("weight_map", {}).values())
+            shards = _shard_names(listing)
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
             if missing:
                 raise LedeError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download them again")
@@ -261,6 +205,7 @@ class _Tensors:
         return tensors
 
     def get(self, name: str, *shape: int) -> Tensor:
+        """One tensor, copied from the mapped file to the device: the host keeps no copy of it."""
         if name not in self.files:
             raise LedeError(f"{self.folder} has no tensor {name!r}; its weights do not match its config.json")
         tensor = self.files[name].get_tensor(name)
@@ -285,15 +230,29 @@ class _Tensors:
         tensor = (tensor if order is None else tensor[order.to(self.device)]).t()
         return tensor.contiguous() if self.device.type == "cpu" else tensor
 
-    def fingerprint(self) -> str:
-        """Sixteen hex digits of a hash over every tensor's name, shape and first values, whatever the load dtype."""
-        digest = hashlib.sha256()
+    def fingerprint(self, settings: dict[str, Any]) -> str:
+        """Sixteen hex digits of a hash over the settings and every tensor's name, shape and first values.
+
+        The dtype and the device that the model is loaded in do not matter.
+        """
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(self.files):
             part = self.files[name].get_slice(name)
             first = part[:1].flatten()[:64].float().cpu()
             digest.update(f"{name}{part.get_shape()}".encode())
             digest.update(first.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _shard_names(listing: Path) -> set[str]:
+    """The files that an index of shards names, all in its own folder."""
+    weight_map = read_json(listing).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise LedeError(
+            f"{listing} has no 'weight_map' from tensor names to *.safetensors files beside it; download it again"
+        )
+    return names
 
 
 def rope_table(config: Any, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -312,32 +271,6 @@ def rope_table(config: Any, geometry: Geometry, device: torch.device, dtype: tor
     return table.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
-def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json; warns of processors this decoder does not apply."""
-    path = folder / "generation_config.json"
-    settings = _read_json(path) if path.is_file() else {}
-    neutral: dict[str, float | None] = {
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "min_p": 0.0,
-        "typical_p": 1.0,
-        "min_length": 0,
-        "min_new_tokens": 0,
-        "num_beams": 1,
-        "guidance_scale": 1.0,
-        "bad_words_ids": None,
-        "suppress_tokens": None,
-        "sequence_bias": None,
-    }
-    active = [name for name, off in neutral.items() if settings.get(name) not in (None, off)]
-    if active:
-        warnings.warn(f"{path} asks for {', '.join(active)}, which this decoder does not apply", stacklevel=4)
-    eos = settings.get("eos_token_id", config.eos_token_id)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, Iterable) else (int(eos),)
-
-
 def _tokenizer(folder: Path) -> Any:
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -347,4 +280,8 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception, sentencepiece its own
         reason = " ".join(str(error).split())
-        raise LedeError(f"the tokenizer files of {folder} cannot be read ({reason}); download them again") from error
+        # Without tokenizer.json, transformers converts tokenizer.model by a package that need not be there.
+        fix = "" if (folder / "tokenizer.json").is_file() else " with tokenizer.json, or `pip install sentencepiece`"
+        raise LedeError(
+            f"the tokenizer files of {folder} cannot be read ({reason}); download them again{fix}"
+        ) from error

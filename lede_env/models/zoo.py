@@ -19,26 +19,37 @@ class ModelSpec:
     head_dim: int
     mlp: int
     vocab: int
-    candidate_layers: tuple[int, ...]  # ascending, within 1..n_layers-1
+    context: int  # positions it was trained for
+    rope_theta: float
+    llama3_factor: float | None  # of Llama 3's RoPE scaling; None: no scaling
+    tied: bool  # LM head = embedding
+    candidate_layers: tuple[int, ...]  # ascending, within 1..n_layers-1: the embedded model's, at the same depths
+
+    @property
+    def licence_page(self) -> str:
+        """Where the licence can be read, and accepted where that is asked for."""
+        if self.hub_id is None:
+            return "https://www.apache.org/licenses/LICENSE-2.0"
+        return f"https://huggingface.co/{self.hub_id}"
 
 
-_LLAMA2 = "Llama 2 Community License (https://ai.meta.com/llama/license)"
-_FAIR = "FAIR Noncommercial Research License (see the model page)"
+_FAIR = "FAIR Noncommercial Research License"
 
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("tiny", None, "Apache-2.0", 16, 256, 4, 4, 64, 768, 4096, (3, 4, 6, 8)),
+        ModelSpec("tiny", None, "Apache-2.0", 16, 256, 4, 4, 64, 768, 4096,
+                  2048, 1e4, None, True, (3, 4, 6, 8)),
         ModelSpec("llama3.2-1b", "facebook/layerskip-llama3.2-1B", _FAIR, 16, 2048, 32, 8, 64, 8192, 128256,
-                  (2, 3, 4, 6, 8)),
-        ModelSpec("llama2-7b", "facebook/layerskip-llama2-7B", _LLAMA2, 32, 4096, 32, 32, 128, 11008, 32000,
-                  (4, 6, 8, 12, 16)),
-        ModelSpec("llama2-13b", "facebook/layerskip-llama2-13B", _LLAMA2, 40, 5120, 40, 40, 128, 13824, 32000,
-                  (5, 8, 10, 15, 20)),
-        ModelSpec("codellama-7b", "facebook/layerskip-codellama-7B", _LLAMA2, 32, 4096, 32, 32, 128, 11008,
-                  32016, (4, 6, 8, 12, 16)),
-        ModelSpec("codellama-34b", "facebook/layerskip-codellama-34B", _LLAMA2, 48, 8192, 64, 8, 128, 22016,
-                  32000, (6, 9, 12, 18, 24)),
+                  131072, 5e5, 32.0, True, (3, 4, 6, 8)),
+        ModelSpec("llama2-7b", "facebook/layerskip-llama2-7B", _FAIR, 32, 4096, 32, 32, 128, 11008, 32000,
+                  4096, 1e4, None, False, (6, 8, 12, 16)),
+        ModelSpec("llama2-13b", "facebook/layerskip-llama2-13B", _FAIR, 40, 5120, 40, 40, 128, 13824, 32000,
+                  4096, 1e4, None, False, (8, 10, 15, 20)),
+        ModelSpec("codellama-7b", "facebook/layerskip-codellama-7B", _FAIR, 32, 4096, 32, 32, 128, 11008, 32016,
+                  16384, 1e6, None, False, (6, 8, 12, 16)),
+        ModelSpec("codellama-34b", "facebook/layerskip-codellama-34B", _FAIR, 48, 8192, 64, 8, 128, 22016, 32000,
+                  16384, 1e6, None, False, (9, 12, 18, 24)),
     )
 }  # fmt: skip
 
