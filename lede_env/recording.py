@@ -2,15 +2,15 @@
 
 Episode n of a run depends on (seed, n) alone: its prompt, its draws and its coins. So the number of environments
 played together, and a stop and resume in between, leave no trace in the file, but for float rounding in the
-observations (up to 1e-4: the model's sums depend on how many rows it runs).
+observations (up to 1e-4: the model's sums depend on how many rows it runs). A newer torch may round otherwise
+too; a resumed file keeps the versions that began it, as provenance.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, read_trajectories
+from lede_env.digest import digest
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT, ExitPolicy, check_compatible
 
@@ -38,20 +39,30 @@ def make_player_envs(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
     return gym.make_vec(env_id, num_envs=num_envs, **kwargs, **fixed)
 
 
-def play(envs: VectorEnv, act: Act, numbers: Sequence[int], seed: int) -> Iterator[tuple[int, Episode]]:
+def play(
+    envs: VectorEnv,
+    act: Act,
+    numbers: Sequence[int],
+    seed: int,
+    finished: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, Episode]]:
     """Play the episodes of these numbers, in waves of as many as there are environments; yields (number, episode)
     in order.
 
-    A wave's episodes begin together, so that every forward of the model serves all of them.
+    A wave's episodes begin together, so that every forward of the model serves all of them, and are yielded when its
+    last one is over. `finished` hears earlier: how many episodes are over so far, whenever that grows.
     """
     n = envs.num_envs
     for begin in range(0, len(numbers), n):
         playing = np.full(n, -1)  # episode of each environment; -1: none is left, or it is over
         playing[: len(numbers[begin : begin + n])] = numbers[begin : begin + n]
-        yield from _play_wave(envs, act, playing, seed)
+        tell = (lambda count, begin=begin: finished(begin + count)) if finished else None
+        yield from _play_wave(envs, act, playing, seed, tell)
 
 
-def _play_wave(envs: VectorEnv, act: Act, playing: np.ndarray, seed: int) -> Iterator[tuple[int, Episode]]:
+def _play_wave(
+    envs: VectorEnv, act: Act, playing: np.ndarray, seed: int, finished: Callable[[int], None] | None
+) -> Iterator[tuple[int, Episode]]:
     prompts, steps = np.zeros(len(playing), np.int64), np.zeros(len(playing), np.int64)
     observations, infos = _start(envs, playing, prompts, seed)
     history: list[dict[str, np.ndarray]] = []  # the steps of all environments, a row each
@@ -68,10 +79,13 @@ def _play_wave(envs: VectorEnv, act: Act, playing: np.ndarray, seed: int) -> Ite
         }  # fmt: skip
         history.append(row)
         steps += playing >= 0
-        for i in np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist():
+        over = np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist()
+        for i in over:
             columns = {name: np.array([row[name][i] for row in history], dtype) for name, dtype in COLUMNS.items()}
             episodes[int(playing[i])] = Episode(**columns, final_observation=following[i])
             playing[i] = -1
+        if over and finished:
+            finished(len(episodes))
         observations, infos = following, outcome
     yield from sorted(episodes.items())  # by number: in the order they finish, short ones would come first
 
@@ -130,14 +144,19 @@ def policy_act(policy: ExitPolicy, available: Sequence[str], seed: int) -> Act:
 def run_attributes(envs: Any, **more: Any) -> dict[str, Any]:
     """What identifies a run, for the file's header: environment, model, versions, and what the caller adds."""
     attributes = dict(envs.unwrapped.attributes)
-    digest = hashlib.sha256(json.dumps(attributes, sort_keys=True).encode()).hexdigest()[:16]
     packages = ("lede-env", "torch", "transformers", "gymnasium", "numpy", "h5py")
     return {
         **attributes,
-        "environment_hash": digest,
+        "environment_hash": digest(attributes),
         "software": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         **more,
     }
+
+
+def policy_digest(policy: ExitPolicy) -> str:
+    """What a policy is, whatever its path: its class and its fields, arrays by content. One that is no dataclass counts
+    by its repr, which must then say all that matters."""
+    return digest([type(policy).__name__, asdict(policy) if is_dataclass(policy) else repr(policy)])
 
 
 def record(
@@ -152,15 +171,17 @@ def record(
     policy_name: str = "",
     progress: Callable[[int], None] | None = None,
     **env_kwargs: Any,
-) -> int:
-    """Log episodes of a policy to a trajectory file; returns the number of rows in it.
+) -> tuple[int, int]:
+    """Log episodes of a policy to a trajectory file; returns how many episodes and rows it holds.
 
     Args:
         policy: whose probabilities are logged as `behaviour_logprob`.
-        episodes: number of episodes the file shall hold in the end.
-        resume: go on with an existing file of the same run.
+        episodes: number of episodes the file shall hold in the end; one that holds more is left as it is.
+        resume: go on with an existing file of the same run: the same environment, down to its prompts and its cost
+            model, the same policy, down to its weights, and the same seed. Software versions may differ.
         policy_name: what the file calls the policy; by default its repr. Resuming demands the same.
-        progress: called with the number of episodes in the file, as it grows.
+        progress: called with the number of episodes that the file holds or that are over and soon will be in it: at
+            the start, then as they end.
         env_kwargs: override what the id pins.
 
     Raises:
@@ -181,13 +202,18 @@ def record(
             core.features,
             "exit",
         )
-        attributes = run_attributes(envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy))
+        attributes = run_attributes(
+            envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy), policy_digest=policy_digest(policy)
+        )
         with TrajectoryWriter(out, attributes, core.prompt_ids, core.features, resume=resume) as writer:
-            numbers = range(writer.episodes, episodes)
-            for _, episode in play(envs, policy_act(policy, core.features, seed), numbers, seed):
+            held = writer.episodes
+            tell = (lambda count: progress(held + count)) if progress else None
+            if tell:
+                tell(0)
+            act = policy_act(policy, core.features, seed)
+            for _, episode in play(envs, act, range(held, episodes), seed, finished=tell):
                 writer.append(episode)
-                if progress:
-                    progress(writer.episodes)
-        return read_trajectories(out, columns=()).n_rows
+        content = read_trajectories(out, columns=())
+        return content.n_episodes, content.n_rows
     finally:
         envs.close()

@@ -111,6 +111,21 @@ def fit_prompt(ids: list[int], room: int, task: str) -> tuple[list[int], int]:
     return ids[: room - n_end] + ids[-n_end:], len(ids) - room
 
 
+def check_text(text: str, what: str) -> None:
+    """Refuse what has no UTF-8 form: half a surrogate pair, which Python makes of arguments that are not UTF-8 and
+    JSON of escapes like \\ud83d. No tokenizer takes it.
+
+    Raises:
+        LedeError: names `what` and the place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LedeError(
+            f"{what} is not Unicode text: {text[error.start]!r} at character {error.start}; write it in UTF-8"
+        ) from error
+
+
 def _load_source(source: str | Path, hub_rows: int, seed: int) -> list[Prompt]:
     if source == "all":
         return [prompt for name in TASKS for prompt in _read_jsonl(PROMPTS_DIR / f"{name}.jsonl")]
@@ -135,19 +150,18 @@ def _read_jsonl(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise LedeError(f"prompt file {str(path)!r} does not exist")
     prompts = []
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    prompts.append(_parse_line(line, f"{path}, line {number}"))
-        except UnicodeDecodeError as error:
-            raise LedeError(f"{path} is not a UTF-8 text file: {error}") from error
+    with path.open("rb") as file:  # bytes: a line is decoded by itself, so that an error can name it
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                prompts.append(_parse_line(line, f"{path}, line {number}"))
     return prompts
 
 
-def _parse_line(line: str, where: str) -> Prompt:
+def _parse_line(line: bytes, where: str) -> Prompt:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LedeError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise LedeError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
@@ -156,6 +170,7 @@ def _parse_line(line: str, where: str) -> Prompt:
         if not isinstance(row.get(key), str):
             problem = "is not a string" if key in row else "is missing"
             raise LedeError(f'{where}: {key!r} {problem}; needed are {", ".join(KEYS)} (reference may be "")')
+        check_text(row[key], f"{where}: {key!r}")
     if row["task"] not in TASKS:
         raise LedeError(f"{where}: unknown task {row['task']!r}; choose one of {', '.join(TASKS)}")
     if not row["prompt"].strip():

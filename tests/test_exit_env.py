@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import re
@@ -21,10 +22,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import DictInfoToList
 
 import lede_env
-from lede_env.engine.acceptance import Sampling
-from lede_env.engine.cost_model import load_cost_model
+from lede_env.engine.acceptance import Sampling, derive_seed
+from lede_env.engine.cost_model import SHIPPED, load_cost_model
 from lede_env.envs import exit_mdp
 from lede_env.envs.backends import LiveBackend
+from lede_env.envs.texts import draw_texts
 from lede_env.errors import LedeError
 from lede_env.models.loading import EMBEDDED
 from lede_env.tasks import Prompt, load_prompts
@@ -269,7 +271,7 @@ def test_eos_as_the_last_token_terminates(early_eos):
 def test_token_episodes_go_through_the_prompt(early_eos):
     whole, token = make(), make(episode="token")
     ended = set()
-    for seed in range(6):
+    for seed in range(12):
         _, steps = walk(whole, np.random.default_rng(seed), seed=seed)
         observation, info = token.reset(seed=seed)
         for step in steps:
@@ -314,6 +316,24 @@ def test_same_seed_same_trajectory(temperature):
     first = trajectory(env, 11)
     assert trajectory(env, 12) != first
     assert trajectory(env, 11) == first == trajectory(make(temperature=temperature), 11)
+
+
+def test_texts_are_a_hash_of_key_and_count():
+    env = make()
+    keys, counts = np.random.default_rng(0).integers(2**64, size=20_000, dtype=np.uint64), np.arange(20_000) % 7
+    prompts, seeds = draw_texts(len(env.prompt_ids), keys, counts.astype(np.uint64))
+    for i in range(10):
+        drawn = derive_seed(int(keys[i]), int(counts[i]))
+        assert (prompts[i], seeds[i]) == ((drawn >> 32) * len(env.prompt_ids) >> 32, drawn & (2**63 - 1))
+    expected = len(prompts) / len(env.prompt_ids)
+    assert np.abs(np.bincount(prompts, minlength=len(env.prompt_ids)) - expected).max() < 5 * math.sqrt(expected)
+    assert len(np.unique(seeds)) == len(seeds) and seeds.min() >= 0
+    # Where the n-th text of a seed begins is the same, whatever became of those before it.
+    names = [[env.reset(seed=3 if n == 0 else None)[1]["prompt_id"] for n in range(4)] for _ in range(2)]
+    env.reset(seed=3, options={"prompt_id": env.prompt_ids[0]})
+    env.step(1)
+    assert names[0] == names[1] and names[0][1:] == [env.reset()[1]["prompt_id"] for _ in range(3)]
+    assert len(set(names[0])) > 1
 
 
 def test_draws_differ_from_seed_to_seed():
@@ -488,6 +508,12 @@ def test_a_first_reset_may_leave_some_out(mode):
         ({"candidate_layers": (2, 16)}, "exit layer 16 is out of range.*1..15"),
         ({"candidate_layers": (4, 2)}, "ascending"),
         ({"candidate_layers": ()}, "at least one"),
+        ({"candidate_layers": (3.0, 4.0)}, r"candidate_layers=\(3.0, 4.0\) must list whole numbers; write it as"),
+        ({"candidate_layers": ("3", "4")}, r"candidate_layers=\('3', '4'\) must list whole numbers"),
+        ({"candidate_layers": "34"}, "candidate_layers='34' must list whole numbers"),
+        ({"candidate_layers": (True, 4)}, r"candidate_layers=\(True, 4\) must list whole numbers"),
+        ({"candidate_layers": np.array([3.0])}, "must list whole numbers"),
+        ({"candidate_layers": 4}, "candidate_layers=4 must list whole numbers"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ({"max_new_tokens": 10**6}, "max_new_tokens=1000000 leaves no room"),
@@ -505,6 +531,40 @@ def test_bad_arguments(kwargs, message):
         make(**kwargs)
     with pytest.raises(LedeError, match=message):
         make_vec(2, **kwargs)
+
+
+def test_candidate_layers_may_be_numpy_integers():
+    for layers in (np.array([4, 8]), (np.int32(4), np.int64(8)), [4, 8]):
+        assert make(candidate_layers=layers).attributes == make(candidate_layers=(4, 8)).attributes
+
+
+def test_a_backend_has_no_position_past_the_end(early_eos):
+    lm = exit_mdp.load_model("tiny")
+    prompts = load_prompts("parse", "train")[:8]
+    backend = LiveBackend(lm, prompts, 9, TOKENS, Sampling(), LAYERS, ("entropy",))
+    backend.start_many(np.arange(8), np.arange(8), np.zeros(8, np.int64))
+    lengths = set()
+    for lane in range(8):
+        position = 0
+        while not backend.ends[backend.base[lane] + position] and position < TOKENS:
+            position += 1
+            backend.ensure(lane, position)
+        lengths.add(position + 1)
+        with pytest.raises(LedeError, match=f"lane {lane} has no position {position + 1}.*ends after {position + 1} "):
+            backend.ensure(lane, position + 1)
+    assert TOKENS + 1 in lengths and len(lengths) > 1
+    with pytest.raises(LedeError, match="lane 8 has no position 0"):
+        backend.ensure(8, 0)
+
+
+def test_attributes_tell_prompts_and_cost_models_apart(tmp_path):
+    before = make().attributes
+    assert make(split="test").attributes["prompts_digest"] != before["prompts_digest"]
+    costs = json.loads((SHIPPED / "tiny-cpu.json").read_text())
+    (tmp_path / "same.json").write_text(json.dumps(costs, indent=4))
+    (tmp_path / "other.json").write_text(json.dumps({**costs, "context": 7}))
+    digests = [make(cost_model=str(tmp_path / f"{n}.json")).attributes["cost_model_digest"] for n in ("same", "other")]
+    assert digests[0] == before["cost_model_digest"] != digests[1]
 
 
 def test_bad_use_of_the_single_environment():

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
+from lede_env import cli
 from lede_env.data.trajectory_file import COLUMNS, read_trajectories
+from lede_env.engine import cost_model
 from lede_env.errors import LedeError
-from lede_env.policies import RandomPolicy, StaticPolicy, ThresholdPolicy
-from lede_env.recording import episode_seed, make_player_envs, prompt_of, record
+from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
+from lede_env.recording import episode_seed, make_player_envs, policy_digest, prompt_of, record
+from tests.small_models import untrained_policy
 
 ID = "LEDE-Tiny-v0"
 LAYERS = gym.spec(ID).kwargs["candidate_layers"]
@@ -28,9 +32,9 @@ OPTIONS = dict(task="parse", max_new_tokens=5, device="cpu")
 def record_to(path, policy=None, episodes=EPISODES, **kwargs):
     """The file's content after recording, and what `record` returned."""
     options = {**OPTIONS, "num_envs": 4, "seed": SEED, **kwargs}
-    rows = record(ID, policy or RandomPolicy(), episodes, path, **options)
+    held = record(ID, policy or RandomPolicy(), episodes, path, **options)
     data = read_trajectories(path)
-    assert rows == data.n_rows and data.n_episodes == episodes
+    assert held == (data.n_episodes, data.n_rows) and data.n_episodes == episodes
     return data
 
 
@@ -109,13 +113,79 @@ def test_an_interrupted_run_keeps_what_it_finished(recorded, tmp_path):
 
     def interrupt(done):
         seen.append(done)
-        if done >= 3:
+        if done >= 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         record_to(path, progress=interrupt)
-    assert seen == sorted(seen) and read_trajectories(path).n_episodes == seen[-1]
+    assert read_trajectories(path).n_episodes == 4  # the waves that were whole
     assert_same_data(record_to(path, resume=True), recorded)
+
+
+def test_progress_moves_as_episodes_end(tmp_path):
+    seen = []
+    data = record_to(tmp_path / "a.h5", progress=seen.append)
+    ends = np.append(data["episode_starts"][1:], data.n_rows).astype(int)
+    lengths = np.diff(ends, prepend=0)
+    assert seen == sorted(seen) and (seen[0], seen[-1]) == (0, EPISODES)
+    # A wave's episodes begin together: those of one length end together, the others one after the other.
+    waves = (lengths[:4], lengths[4:])
+    expected = [0, *(n + sum(wave <= t) for n, wave in zip((0, 4), waves, strict=True) for t in np.unique(wave))]
+    assert seen == expected and len(seen) > 3
+    seen.clear()
+    record_to(tmp_path / "a.h5", resume=True, episodes=7, progress=seen.append)
+    assert seen == [6, 7]
+
+
+def write_prompts(path, *texts):
+    row = {"task": "lm", "reference": "", "split": "train"}
+    path.write_text("".join(json.dumps({"id": f"p/{i}", "prompt": t, **row}) + "\n" for i, t in enumerate(texts)))
+    return str(path)
+
+
+def test_resuming_with_edited_inputs_is_refused(tmp_path, tiny):
+    path, prompts, costs = tmp_path / "a.h5", tmp_path / "prompts.jsonl", tmp_path / "costs.json"
+    shipped = json.loads((cost_model.SHIPPED / "tiny-cpu.json").read_text())
+    costs.write_text(json.dumps(shipped))
+    card = dict(candidate_layers=LAYERS, n_layers=16, model_fingerprint=tiny.fingerprint, model_name="tiny")
+    policies = [replace(MLPPolicy.random(("layer", "top1"), hidden=(8,), seed=seed), **card) for seed in (0, 1)]
+
+    def sitting(policy=policies[0], episodes=2):
+        cost_model.load_cost_model.cache_clear()  # as in another process
+        return record_to(path, policy, episodes, resume=True, num_envs=2, max_new_tokens=2, policy_name="runs/policy",
+                         task=write_prompts(prompts, *texts), cost_model=str(costs))  # fmt: skip
+
+    texts = ["Once upon a time", "The weather"]
+    before = sitting()
+    assert_same_data(sitting(), before)
+    texts[1] += " is fine"
+    with pytest.raises(LedeError, match=r"cannot resume.*prompts_digest is"):
+        sitting()
+    texts[1] = "The weather"
+    costs.write_text(json.dumps({**shipped, "context": 7}))
+    with pytest.raises(LedeError, match=r"cannot resume.*cost_model_digest is"):
+        sitting()
+    costs.write_text(json.dumps(shipped))
+    with pytest.raises(LedeError, match=r"cannot resume \S+: policy_digest is [^;]+$"):
+        sitting(policies[1])
+    sitting(episodes=3)
+
+
+def test_policy_digests(tiny):
+    policy = untrained_policy(tiny)
+    tensors = [replace(policy, mean=policy.mean + 1), replace(policy, biases=tuple(b + 1 for b in policy.biases))]
+    card = [replace(policy, model_name="other"), replace(policy, training={"steps": 1})]
+    others = [RandomPolicy(), RandomPolicy(0.4), StaticPolicy(4, 16), ThresholdPolicy({4: 0.5}, 16), Broken(1)]
+    digests = [policy_digest(each) for each in (policy, *tensors, *card, *others)]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == policy_digest(untrained_policy(tiny)) and policy_digest(RandomPolicy()) == digests[5]
+
+
+def test_an_upgrade_of_the_software_does_not_matter(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    first = record_to(path, episodes=2).attributes["software"]
+    monkeypatch.setattr("lede_env.recording.version", lambda name: "99.0")
+    assert record_to(path, episodes=3, resume=True).attributes["software"] == first != {}
 
 
 def test_log_probabilities_are_those_of_the_policy(recorded, tmp_path):
@@ -181,6 +251,33 @@ def test_unknown_environment():
 
 
 # --- the command line, and kills
+
+
+def test_the_command_says_what_the_file_holds(tmp_path, monkeypatch, capfd):
+    path = tmp_path / "a.h5"
+    rows = record_to(path, episodes=3, policy_name="random").n_rows
+    options = "--policy random --task parse --max-new-tokens 5 --episodes 2 --num-envs 4 --device cpu --resume"
+    command = f"record --env {ID} {options} --seed {SEED} --out {path}"
+    monkeypatch.setattr("sys.argv", ["lede", *command.split()])
+    cli.main()
+    assert f": 3 episodes, {rows} transitions" in " ".join(capfd.readouterr().out.split())
+
+
+def test_arguments_and_prompt_files_that_are_not_text(tmp_path, monkeypatch, capfd):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b'\n{"id": "caf\xe9"}\n')
+    record = ["record", "--env", ID, "--policy", "random", "--episodes", "1", "--out", str(tmp_path / "a.h5")]
+    for command, says in [
+        (["generate", "caf\udce9"], r"the argument 'caf\udce9' is not Unicode text"),
+        ([*record, "--task", "caf\udce9"], r"the argument 'caf\udce9' is not Unicode text"),
+        ([*record, "--task", str(prompts)], "prompts.jsonl, line 2: not UTF-8"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["lede", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        error = capfd.readouterr().err
+        assert ended.value.code == 2 and says in error and "Traceback" not in error
+
 
 # Forks for every line it reads, so that the imports and the model are loaded once. A file commits every few episodes.
 SERVER = """if True:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lede_env.errors import LedeError
-from lede_env.tasks import CLOSING_TOKENS, HUB_TASKS, SPLITS, TASKS, fit_prompt, load_prompts
+from lede_env.tasks import CLOSING_TOKENS, HUB_TASKS, SPLITS, TASKS, check_text, fit_prompt, load_prompts
 
 ALL = load_prompts("all", "all")
 HEADER = re.compile(r"^(### Instruction:\n|### Utterance:\n|Article: )")
@@ -201,9 +201,16 @@ def test_malformed_line(tmp_path, line, message):
 
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(LedeError, match="not a UTF-8 text file"):
+    path.write_bytes(json.dumps(row()).encode() + b"\r\n\xff\xfe\x00\n")
+    with pytest.raises(LedeError, match=r"mine.jsonl, line 2: not UTF-8 .*save the file as UTF-8"):
         load_prompts(path, "all")
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", [row(), row(2, prompt="fine \U0001f98a"), row(3, prompt="half \ud83e")])
+    with pytest.raises(LedeError, match=r"line 3: 'prompt' is not Unicode text: '\\ud83e' at character 5"):
+        load_prompts(path, "all")
+    check_text("é 🦊", "the prompt")
 
 
 # The hub, without a network

@@ -416,6 +416,19 @@ def test_resuming_another_run_is_refused(tmp_path, change, message):
     assert assert_first_episodes(path) == 4
 
 
+def test_a_refusal_names_every_difference_but_the_software(tmp_path):
+    path, versions = tmp_path / "a.h5", {"software": {"torch": "1"}}
+    TrajectoryWriter(path, {**ATTRIBUTES, **versions}, PROMPTS, FEATURES).close()
+    later = {**ATTRIBUTES, "software": {"torch": "2"}}
+    with TrajectoryWriter(path, later, PROMPTS, FEATURES, resume=True) as writer:
+        writer.append(make_episode(0))
+    assert read_trajectories(path).attributes["software"] == {"torch": "1"}
+    changed = {**later, "seed": 8, "environment_hash": "x"}
+    with pytest.raises(LedeError, match=r"environment_hash is .*; seed is 7 in the file and 8 now") as refusal:
+        TrajectoryWriter(path, changed, PROMPTS, FEATURES, resume=True)
+    assert "torch" not in str(refusal.value)
+
+
 def test_existing_file_closed_writer_and_bad_arguments(tmp_path):
     path = tmp_path / "a.h5"
     record(path, 2)

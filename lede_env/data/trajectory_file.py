@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from lede_env.data.trajectory_layout import (
@@ -66,6 +65,7 @@ from lede_env.data.trajectory_layout import (
 from lede_env.errors import LedeError
 
 MIN_CHUNKS = 64  # the least room made, in blocks of chunk_rows
+PROVENANCE = {"software"}  # attributes that may differ from sitting to sitting; the first one's stay
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ class TrajectoryWriter:
 
     Args:
         path: the file; missing folders are made.
-        attributes: what identifies the run (environment spec and hash, model fingerprint, seed, versions...),
-            JSON-able. Resuming demands that all are equal: leave out what may change (dates, targets).
+        attributes: what identifies the run (environment spec and hash, model fingerprint, seed...), JSON-able.
+            Resuming demands that all are equal but `software`, the versions at hand: an upgrade between two
+            sittings is no other run, and the file keeps the versions that began it. Leave out what else may
+            change (dates, targets).
         prompt_ids: the strings that the column `prompt_id` indexes.
         features: names of the observation's columns, in order.
         resume: go on with an existing file (or start one). `episodes` says where: the next episode's number.
@@ -172,7 +174,9 @@ class TrajectoryWriter:
         with suppress(FileNotFoundError):  # what a killed writer was building
             temporary(self.path).unlink()
         with open_checked(self.path) as file:
-            _check_same_run(self.path, file, self._header, self._prompt_ids)
+            stored = {name: str(value) for name, value in file.attrs.items()}
+            _check_same_run(self.path, stored, self._header, read_prompt_ids(file), self._prompt_ids)
+            self._header |= {name: stored[name] for name in PROVENANCE & stored.keys()}
             self._committed = committed(file)
 
     @property
@@ -325,16 +329,18 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _check_same_run(path: Path, file: h5py.File, header: Mapping[str, str], prompt_ids: list[str]) -> None:
-    stored = {name: str(value) for name, value in file.attrs.items()}
-    for name in sorted(stored.keys() | header.keys()):
-        old, new = stored.get(name, "absent"), header.get(name, "absent")
-        if old != new:
-            raise LedeError(
-                f"cannot resume {path}: {name} is {old:.200} in the file and {new:.200} now; "
-                "use the same settings, or another path"
-            )
-    old_ids = read_prompt_ids(file)
+def _check_same_run(
+    path: Path, stored: Mapping[str, str], header: Mapping[str, str], old_ids: list[str], prompt_ids: list[str]
+) -> None:
+    differences = [
+        f"{name} is {stored.get(name, 'absent'):.200} in the file and {header.get(name, 'absent'):.200} now"
+        for name in sorted((stored.keys() | header.keys()) - PROVENANCE)
+        if stored.get(name) != header.get(name)
+    ]
+    if differences:
+        raise LedeError(
+            f"cannot resume {path}: {'; '.join(differences)}. Use the same settings and inputs, or another path"
+        )
     if old_ids != prompt_ids:
         n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
         what = (

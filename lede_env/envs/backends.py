@@ -69,9 +69,23 @@ class LiveBackend:
         self._pending[lane], self._done[lane], self.known[lane] = ids[-1], False, 0
         self._draws[lane], self._trace[lane] = Draws(seed), TraceWindow()
 
+    def start_many(self, lanes: np.ndarray, prompts: np.ndarray, seeds: np.ndarray) -> None:
+        """`start` for each of (N,) lanes."""
+        for lane, prompt, seed in zip(lanes.tolist(), prompts.tolist(), seeds.tolist(), strict=True):
+            self.start(lane, prompt, seed)
+
     def ensure(self, lane: int, position: int) -> None:
-        """Have the table hold this position of this lane."""
+        """Have the table hold this position of this lane.
+
+        Raises:
+            LedeError: the lane was never started, or its text ends before this position.
+        """
         while self.known[lane] <= position:
+            if self._done[lane]:
+                raise LedeError(
+                    f"lane {lane} has no position {position}: its text ends after {self.known[lane]} positions "
+                    "(at an EOS, or at max_new_tokens + 1; none before start()); read no further, or start it again"
+                )
             self._forward()
 
     @torch.inference_mode()

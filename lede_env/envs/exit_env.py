@@ -12,6 +12,7 @@ from gymnasium import spaces
 from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.rendering import render_token
+from lede_env.envs.texts import draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
 
@@ -54,8 +55,9 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     Bootstrapping across tokens only adds noise, because nothing carries over.
 
     ## Starting State
-    The first candidate layer of the first new token of a prompt. An unseeded reset draws the prompt by `np_random`;
-    `reset(options={"prompt_id": "code/0001"})` chooses it. `info["prompt_id"]` names it; `prompt_ids` lists them all.
+    The first candidate layer of the first new token of a prompt. `np_random` gives a key once a seed; the n-th prompt
+    after that, and its draws, are a hash of (key, n). `reset(options={"prompt_id": "code/0001"})` chooses the prompt
+    instead. `info["prompt_id"]` names it; `prompt_ids` lists them all.
     A prompt too long for the model's context is cut, as `lede_env.tasks.fit_prompt` says.
 
     ## Episode End
@@ -112,6 +114,9 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         self._prompt_over = True  # the next reset begins a prompt, whatever `episode` says
         self._running = False
         self._prompt_id = ""
+        self._key = np.zeros(1, np.uint64)  # of the texts to come; and how many it has given
+        self._texts = np.zeros(1, np.uint64)
+        self._has_key = False
         self._token = self._candidate = 0
         self._exited: tuple[int, bool] | None = None  # layer and outcome of the last exit, for rendering
 
@@ -120,10 +125,14 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         prompt_id = (options or {}).get("prompt_id")
-        chosen = None if prompt_id is None else self._mdp.prompt_index(prompt_id)
+        chosen = None if prompt_id is None else prompt_index(self.prompt_ids, prompt_id)
+        if seed is not None or not self._has_key:
+            self._key[0], self._texts[0], self._has_key = draw_key(self.np_random), 0, True
         if self._prompt_over or not self._mdp.token_episodes or seed is not None or chosen is not None:
-            prompt, draw_seed = self._mdp.choose_prompt(self.np_random, chosen)
-            self._table.start(0, prompt, draw_seed)
+            prompts, draw_seeds = draw_texts(len(self.prompt_ids), self._key, self._texts)
+            self._texts += 1
+            prompt = int(prompts[0]) if chosen is None else chosen
+            self._table.start(0, prompt, int(draw_seeds[0]))
             self._prompt_id, self._token, self._prompt_over = self.prompt_ids[prompt], 0, False
         self._candidate, self._running, self._exited = 0, True, None
         return self._observation(), self._info()
@@ -143,9 +152,10 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     def _exit(self, cost: float, forced: bool) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Leave at the current candidate, score the draft, move to the next token."""
         mdp, table, token, candidate = self._mdp, self._table, self._token, self._candidate
-        accepted = bool(table.accepted[token, candidate])
+        row = table.base[0] + token
+        accepted = bool(table.accepted[row, candidate])
         reward = float(mdp.reward.accepted[candidate]) if accepted else mdp.reward.rejected
-        ended = bool(table.ends[token])
+        ended = bool(table.ends[row])
         truncated = not ended and token + 1 == mdp.max_new_tokens
         self._exited = (mdp.candidate_layers[candidate], accepted)
         self._prompt_over = ended or truncated
@@ -155,15 +165,15 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         terms = {"accepted" if accepted else "rejected": reward}
         info = self._info(terms, cost=cost, discount=0.0, forced=forced) | {
             "exit_layer": mdp.candidate_layers[candidate],
-            "draft_token": int(table.drafts[token, candidate]),
-            "target_token": int(table.targets[token]),
+            "draft_token": int(table.drafts[row, candidate]),
+            "target_token": int(table.targets[row]),
             "accepted": accepted,
         }
         return observation, reward, ended or (mdp.token_episodes and not truncated), truncated, info
 
     def _observation(self) -> np.ndarray:
         self._table.ensure(0, self._token)
-        return self._table.observations[self._token, self._candidate].copy()
+        return self._table.observations[self._table.base[0] + self._token, self._candidate].copy()
 
     def _info(
         self,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+from lede_env.digest import digest
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.cost_model import load_cost_model
+from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.signals import feature_bounds, select_features
 from lede_env.envs.backends import LiveBackend
@@ -17,7 +20,7 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.rewards import ExitReward, make_exit_reward
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model
-from lede_env.tasks import load_prompts
+from lede_env.tasks import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,6 @@ class ExitMDP:
     observation_space: spaces.Box
     attributes: dict[str, Any]  # everything that defines the MDP, JSON-able
 
-    def prompt_index(self, prompt_id: str) -> int:
-        """Where a prompt is among those of the backend."""
-        known = self.backend.prompt_ids
-        if prompt_id not in known:
-            raise LedeError(
-                f"prompt_id {prompt_id!r} is not among the {len(known)} prompts of this environment "
-                f"(the first is {known[0]!r}); check task and split"
-            )
-        return known.index(prompt_id)
-
-    def choose_prompt(self, rng: np.random.Generator, chosen: int | None) -> tuple[int, int]:
-        """Index of the chosen prompt, or of one drawn; and the seed of its draws. Both numbers are always drawn."""
-        prompt, draw_seed = int(rng.integers(len(self.backend.prompt_ids))), int(rng.integers(2**63))
-        return (prompt if chosen is None else chosen), draw_seed
-
 
 def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
     """Check every argument of the exit environments and build the backend for `lanes` sequences."""
@@ -61,11 +49,8 @@ def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
         raise LedeError(f"max_new_tokens={config.max_new_tokens!r} must be a whole number, at least 1")
     features = select_features(config.features, "exit")
     lm = load_model(config.model, device=config.device, dtype=config.dtype)
-    layers = tuple(int(layer) for layer in config.candidate_layers)
-    for layer in layers:
-        lm.check_exit_layer(layer)
-    if not layers or list(layers) != sorted(set(layers)):
-        raise LedeError(f"candidate_layers={layers} must be ascending and distinct, at least one")
+    layers = _checked_layers(config.candidate_layers, lm)
+    prompts = load_prompts(config.task, config.split)
     costs = load_cost_model(config.cost_model)
     if costs.n_layers != lm.n_layers:
         raise LedeError(
@@ -76,7 +61,7 @@ def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
     return ExitMDP(
         backend=LiveBackend(
             lm,
-            load_prompts(config.task, config.split),
+            prompts,
             lanes,
             config.max_new_tokens,
             Sampling(config.temperature, config.top_k, config.top_p),
@@ -91,14 +76,35 @@ def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
         max_new_tokens=config.max_new_tokens,
         token_episodes=config.episode == "token",
         observation_space=spaces.Box(low, high, dtype=np.float32),
-        attributes=_attributes(config, lm, layers, features),
+        attributes=_attributes(config, lm, layers, features, prompts, costs),
     )
 
 
+def _checked_layers(layers: Sequence[int], lm: LayeredLM) -> tuple[int, ...]:
+    if not isinstance(layers, Sequence | np.ndarray) or not all(
+        isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers
+    ):
+        raise LedeError(f"candidate_layers={layers!r} must list whole numbers; write it as (4, 8)")
+    checked = tuple(int(layer) for layer in layers)
+    for layer in checked:
+        lm.check_exit_layer(layer)
+    if not checked or list(checked) != sorted(set(checked)):
+        raise LedeError(f"candidate_layers={checked} must be ascending and distinct, at least one")
+    return checked
+
+
 def _attributes(
-    config: ExitConfig, lm: LayeredLM, layers: tuple[int, ...], features: tuple[str, ...]
+    config: ExitConfig,
+    lm: LayeredLM,
+    layers: tuple[int, ...],
+    features: tuple[str, ...],
+    prompts: Sequence[Prompt],
+    costs: CostModel,
 ) -> dict[str, Any]:
-    """What defines the MDP; the backend and the device leave no trace in its data."""
+    """What defines the MDP; the backend and the device leave no trace in its data.
+
+    Names of files and of cost models say nothing of their content: digests do.
+    """
     resolved = {
         "mdp": "exit",
         "model_name": lm.name,
@@ -108,6 +114,8 @@ def _attributes(
         "features": list(features),
         "reward_kwargs": dict(config.reward_kwargs),
         "dtype": str(lm.dtype).removeprefix("torch."),
+        "prompts_digest": digest([(prompt.id, prompt.task, prompt.text) for prompt in prompts]),
+        "cost_model_digest": digest(asdict(costs)),
     }
     pinned = {name: value for name, value in asdict(config).items() if name not in ("model", "backend", "device")}
     return pinned | resolved

@@ -1,0 +1,329 @@
+"""Recording a trace: the texts, and at every position what each candidate layer would have drafted, and then.
+
+Texts come from the live backend itself, so a text is the one that the environment plays with the same seed. Branches
+(what a layer goes on to draft after a wrong draft) share the text as their prefix, so all branches of a text are run
+together, as extra queries of one row that see the prefix up to their own root, and their own tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lede_env.data.trace_file import Trace, TraceHeader, quantize, text_digest
+from lede_env.digest import digest
+from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
+from lede_env.engine.kv_cache import KVCache, Span
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.round import DRAFT_CAP
+from lede_env.engine.signals import RAW, raw_signals
+from lede_env.envs.backends import LiveBackend
+from lede_env.errors import LedeError
+from lede_env.tasks import Prompt
+
+TOGETHER = 256  # branches run at once: bounds the slots they take
+
+
+def record_trace(
+    lm: LayeredLM,
+    prompts: Sequence[Prompt],
+    candidate_layers: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    *,
+    samples: int = 1,
+    lanes: int = 32,
+    command: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> Trace:
+    """Continue every prompt `samples` times and record the trace; `.save(path)` writes it.
+
+    A text depends on (seed, prompt id, sample) alone. A prompt too long for the context is cut as the live environment
+    cuts it, for `max_new_tokens`.
+
+    Args:
+        candidate_layers: ascending, within 1..L-1.
+        lanes: texts decoded together.
+        command: what the file says it was made by.
+        progress: called with the number of texts finished, as it grows.
+
+    Raises:
+        LedeError: an argument out of range.
+    """
+    layers = tuple(int(layer) for layer in candidate_layers)
+    for layer in layers:
+        lm.check_exit_layer(layer)
+    if not layers or list(layers) != sorted(set(layers)):
+        raise LedeError(f"candidate_layers={layers} must be ascending and distinct, at least one")
+    if not prompts or min(max_new_tokens, samples, lanes) < 1 or seed < 0:
+        raise LedeError(
+            f"{len(prompts)} prompts, max_new_tokens={max_new_tokens}, samples={samples} and lanes={lanes} must be at "
+            f"least 1 each, and seed={seed} must not be negative"
+        )
+    if sampling.greedy and samples > 1:
+        raise LedeError(f"samples={samples} at temperature 0 would all be the same text; use 1, or a temperature")
+    seeds = np.array([text_seed(seed, prompt.id, sample) for prompt in prompts for sample in range(samples)])
+    recorder = _Recorder(lm, list(prompts), min(lanes, len(seeds)), max_new_tokens, sampling, layers)
+    texts: dict[int, dict[str, np.ndarray]] = {}
+    for text, arrays in recorder.texts(seeds.tolist(), samples):
+        texts[text] = arrays
+        if progress:
+            progress(len(texts))
+    header = _header(lm, prompts, layers, max_new_tokens, sampling, samples, seed, recorder.layer_calls, command)
+    return _assemble(header, prompts, seeds, [texts[text] for text in range(len(seeds))])
+
+
+def text_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """The key of a text's draws: what `LiveBackend.start` takes. 63 bits, as the environments draw it."""
+    prompt = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big")
+    return derive_seed(seed, prompt, sample) >> 1
+
+
+class _Recorder(LiveBackend):
+    """A live backend that also keeps what only a trace needs, and hands over a text as soon as it is complete."""
+
+    def __init__(
+        self,
+        lm: LayeredLM,
+        prompts: list[Prompt],
+        lanes: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        candidate_layers: tuple[int, ...],
+    ):
+        super().__init__(lm, prompts, lanes, max_new_tokens, sampling, candidate_layers, features=())
+        size, n = self.accepted.shape
+        self.raw = np.zeros((size, n, RAW), np.float32)
+        self.neg_log_p_max = np.zeros(size, np.float32)
+        self.accept_probability = np.zeros((size, n), np.float32)
+        self.layer_calls = 0  # layers times tokens
+        self._chance: Tensor | None = None  # (C,) acceptance probabilities of the latest draw
+        self._drafter = _BranchDrafter(lm, candidate_layers, sampling, self.session.capacity)
+
+    def texts(self, seeds: list[int], samples: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(number, arrays) of every text, in the order they finish; text t is a sample of prompt t // samples."""
+        waiting = iter(range(len(seeds)))
+        playing: dict[int, int] = {}  # lane -> text
+        free = list(range(self.session.batch))
+        while True:
+            for lane in free:
+                text = next(waiting, None)
+                if text is not None:
+                    playing[lane] = text
+                    self.start(lane, text // samples, seeds[text])
+                    self.layer_calls += self.session.lengths[lane] * self.lm.n_layers
+            if not playing:
+                break
+            self._forward()
+            self.layer_calls += self.session.batch * self.lm.n_layers
+            free = [lane for lane in playing if self._done[lane]]
+            for lane in free:
+                text = playing.pop(lane)
+                yield text, self._finished(lane, seeds[text])
+        self.layer_calls += self._drafter.layer_calls
+
+    def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Tensor | list[int]) -> None:
+        row = self.base[lane] + self.known[lane]
+        super()._store(lane, raw, neg_log_p_max, outcome)
+        self.raw[row], self.neg_log_p_max[row] = raw, neg_log_p_max
+        self.accept_probability[row] = self.accepted[row] if self._chance is None else self._chance.cpu()
+
+    def _sample(self, lane: int, logits: Tensor) -> tuple[int, list[int]]:
+        """As the live backend's, draw for draw, but keeps the acceptance probabilities."""
+        probabilities = self.sampling.probabilities(logits)
+        draws = self._draws[lane]
+        target = draw(probabilities[-1], draws.next())
+        drafts, self._chance = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
+        return target, drafts
+
+    def _finished(self, lane: int, seed: int) -> dict[str, np.ndarray]:
+        """The arrays of a lane's text, and the branches from its wrong drafts, before the lane is used again."""
+        rows = slice(self.base[lane], self.base[lane] + self.known[lane])
+        names = ("targets", "neg_log_p_max", "raw", "drafts", "accept_probability", "accepted")
+        text = {name: getattr(self, name)[rows].copy() for name in names}
+        room = np.minimum(DRAFT_CAP - 1, self.positions - 1 - np.arange(self.known[lane]))  # tokens a branch may have
+        wrong = ~text["accepted"] & ~np.isin(text["drafts"], self.lm.eos_ids) & (room > 0)[:, None]
+        position, candidate = np.nonzero(wrong)  # in the order of (position, candidate)
+        prefix = self.session.lengths[lane]  # slots with keys and values: the prompt, and all targets but the last
+        roots = _Roots(
+            slot=prefix - int(self.known[lane]) + 1 + position,
+            candidate=candidate,
+            token=text["drafts"][position, candidate],
+            room=room[position],
+            seed=[
+                derive_seed(seed, at, self.candidate_layers[c])
+                for at, c in zip(position.tolist(), candidate.tolist(), strict=True)
+            ],
+        )
+        self._drafter.load(self.session.cache, lane, prefix)
+        return text | {"wrong": wrong} | self._drafter.draft(roots, prefix)
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """B wrong drafts of a text, from each of which drafting goes on."""
+
+    slot: np.ndarray  # (B,) position of the wrong draft in the whole sequence, prompt included
+    candidate: np.ndarray  # (B,) index of the layer that drafts
+    token: np.ndarray  # (B,) the wrong draft
+    room: np.ndarray  # (B,) most drafts that may follow
+    seed: list[int]  # (B,) keys of their draws
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def take(self, index: np.ndarray) -> _Roots:
+        seed = [self.seed[i] for i in index.tolist()]
+        return _Roots(self.slot[index], self.candidate[index], self.token[index], self.room[index], seed)
+
+
+class _BranchDrafter:
+    """Drafts on from the wrong drafts of one text, all at once: no copy of the keys and values for each.
+
+    One row of cache, as deep as the deepest candidate. Its first slots are the text; every step appends a slot for
+    each branch that goes on. A branch's query takes its rotary position from where it stands in the sequence, and its
+    mask lets it see the text before its root, and its own slots.
+    """
+
+    def __init__(self, lm: LayeredLM, candidate_layers: tuple[int, ...], sampling: Sampling, longest: int):
+        self.lm, self.candidate_layers, self.sampling = lm, candidate_layers, sampling
+        self.layer_calls = 0
+        geometry = lm.geometry
+        self.cache = KVCache(
+            candidate_layers[-1],
+            1,
+            geometry.kv_heads,
+            longest + TOGETHER * (DRAFT_CAP - 1),
+            geometry.head_dim,
+            lm.dtype,
+            lm.device,
+        )
+
+    def load(self, source: KVCache, row: int, prefix: int) -> None:
+        """Copy a text's keys and values: the first `prefix` slots of a row."""
+        for layer in range(self.candidate_layers[-1]):
+            self.cache.keys[layer][0, :prefix] = source.keys[layer][row, :prefix]
+            self.cache.values[layer][0, :prefix] = source.values[layer][row, :prefix]
+
+    def draft(self, roots: _Roots, prefix: int) -> dict[str, np.ndarray]:
+        """Branches of all roots: `branch_lengths` (B,), `branch_tokens` (M,) and `branch_raw` (M, RAW)."""
+        tokens = np.full((len(roots), DRAFT_CAP - 1), -1, np.int32)
+        raw = np.zeros((len(roots), DRAFT_CAP - 1, RAW), np.float32)
+        for begin in range(0, len(roots), TOGETHER):
+            part = np.arange(begin, min(begin + TOGETHER, len(roots)))
+            part = part[np.argsort(roots.candidate[part], kind="stable")]  # those that go deeper come later
+            tokens[part], raw[part] = self._run(roots.take(part), prefix)
+        made = tokens >= 0
+        return {"branch_lengths": made.sum(1), "branch_tokens": tokens[made], "branch_raw": raw[made]}
+
+    @torch.inference_mode()
+    def _run(self, roots: _Roots, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (B, cap - 1), -1 where a branch has ended, and raw signals (B, cap - 1, RAW), of ascending layers."""
+        device, n = self.lm.device, len(roots)
+        tokens = np.full((n, DRAFT_CAP - 1), -1, np.int32)
+        raw = np.zeros((n, DRAFT_CAP - 1, RAW), np.float32)
+        draws = [Draws(seed) for seed in roots.seed]
+        slot = torch.as_tensor(roots.slot, device=device)  # (B,)
+        mask = torch.zeros(n, prefix + int(roots.room.sum()), dtype=torch.bool, device=device)  # (B, slots)
+        mask[:, :prefix] = self.cache.slots[:prefix] < slot.unsqueeze(1)
+        pending, active, stop = roots.token.copy(), np.arange(n), prefix
+        for step in range(DRAFT_CAP - 1):
+            active = active[(roots.room[active] > step) & ~np.isin(pending[active], self.lm.eos_ids)]
+            if not len(active):
+                break
+            start, stop = stop, stop + len(active)
+            index = torch.as_tensor(active, device=device)
+            mask[index, self.cache.slots[start:stop]] = True
+            x = self.lm.embed(torch.as_tensor(pending[active], device=device))
+            states = self._exits(x, slot[index] + step, roots.candidate[active], mask[index, :stop], start)
+            logits = self.lm.logits(states)  # (Q, V)
+            raw[active, step] = raw_signals(logits).float().cpu().numpy()
+            tokens[active, step] = pending[active] = self._choose(logits, [draws[i] for i in active.tolist()])
+        return tokens, raw
+
+    def _exits(self, x: Tensor, positions: Tensor, candidate: np.ndarray, mask: Tensor, start: int) -> Tensor:
+        """(Q, H) states at layer 0 -> (Q, H) states at each query's own layer; queries in ascending order of it."""
+        stop, first, below = start + len(x), 0, 0  # `first`: the first query that has not left yet
+        left = []
+        for last, layer in zip(np.searchsorted(candidate, range(len(self.candidate_layers)), "right").tolist(),
+                               self.candidate_layers, strict=True):  # fmt: skip
+            if start + first == stop:
+                break
+            span = Span(None, positions[first:].unsqueeze(0), start + first, stop, True, mask[first:])
+            x = self.lm.run(x.unsqueeze(0), self.cache, span, below, layer)[0]
+            self.layer_calls += len(x) * (layer - below)
+            left.append(x[: last - first])
+            x, first, below = x[last - first :], last, layer
+        return torch.cat(left)
+
+    def _choose(self, logits: Tensor, draws: list[Draws]) -> np.ndarray:
+        """(Q, V) logits -> (Q,) drafts, each by its own draws."""
+        if self.sampling.greedy:
+            return logits.argmax(-1).cpu().numpy()
+        probabilities = self.sampling.probabilities(logits)
+        return np.array([draw(p, own.next()) for p, own in zip(probabilities, draws, strict=True)])
+
+
+def _header(
+    lm: LayeredLM,
+    prompts: Sequence[Prompt],
+    candidate_layers: tuple[int, ...],
+    max_new_tokens: int,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    layer_calls: int,
+    command: str,
+) -> TraceHeader:
+    packages = ("lede-env", "torch", "transformers", "numpy", "h5py")
+    return TraceHeader(
+        model_name=lm.name,
+        model_fingerprint=lm.fingerprint,
+        dtype=str(lm.dtype).removeprefix("torch."),
+        n_layers=lm.n_layers,
+        vocab=lm.geometry.vocab,
+        eos_ids=tuple(lm.eos_ids),
+        candidate_layers=candidate_layers,
+        draft_cap=DRAFT_CAP,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        seed=seed,
+        prompts_digest=digest([(prompt.id, prompt.task, text_digest(prompt.text)) for prompt in prompts]),
+        layer_calls=layer_calls,
+        software={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        command=command,
+    )
+
+
+def _assemble(
+    header: TraceHeader, prompts: Sequence[Prompt], seeds: np.ndarray, texts: list[dict[str, np.ndarray]]
+) -> Trace:
+    """Join the texts' arrays; number their branches."""
+    joined = {name: np.concatenate([text[name] for text in texts]) for name in texts[0]}
+    wrong, lengths = joined.pop("wrong"), joined.pop("branch_lengths")
+    branch = np.full(wrong.shape, -1)
+    branch[wrong] = np.arange(len(lengths))
+    joined |= {name: quantize(joined[name], header.vocab) for name in ("raw", "branch_raw")}
+    return Trace(
+        header,
+        prompt_ids=tuple(prompt.id for prompt in prompts),
+        prompt_tasks=tuple(prompt.task for prompt in prompts),
+        prompt_splits=tuple(prompt.split for prompt in prompts),
+        prompt_digests=tuple(text_digest(prompt.text) for prompt in prompts),
+        text_seeds=seeds,
+        starts=np.cumsum([0, *(len(text["targets"]) for text in texts)]),
+        branch=branch,
+        branch_starts=np.cumsum([0, *lengths]),
+        **joined,
+    )
