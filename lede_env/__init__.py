@@ -17,10 +17,16 @@ _PUBLIC = {
     "stream": "lede_env.decoding.generate",
     "Autoregressive": "lede_env.decoding.strategies",
     "LayerSkip": "lede_env.decoding.strategies",
+    "FiniteStateMachine": "lede_env.decoding.strategies",
+    "DraftVerify": "lede_env.decoding.strategies",
+    "Lite": "lede_env.decoding.strategies",
+    "Del": "lede_env.decoding.strategies",
     "Lede": "lede_env.decoding.strategies",
     "load_policy": "lede_env.policies",
     "load_prompts": "lede_env.tasks",
     "SpeculativeExitEnv": "lede_env.envs.exit_env",
+    "load_trace": "lede_env.data.trace_file",
+    "record_trace": "lede_env.tracing",
     "read_trajectories": "lede_env.data.trajectory_file",
 }
 __all__ = list(_PUBLIC)

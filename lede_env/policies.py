@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,12 +162,41 @@ class MLPPolicy:
             model_name="",
         )
 
+    @cached_property
+    def _layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(inputs, outputs) matrix and (outputs,) bias of each layer; the first one includes the normaliser."""
+        first = self.weights[0] / self.std  # W (x - mean) / std + b = (W / std) x + (b - (W / std) mean)
+        matrices = (first, *self.weights[1:])
+        biases = (self.biases[0] - first @ self.mean, *self.biases[1:])
+        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in zip(matrices, biases, strict=True)]
+
     def q_values(self, observations: np.ndarray) -> np.ndarray:
         """(N, F) -> (N, 2) values of `CONTINUE` and `EXIT`."""
-        x = (observations - self.mean) / self.std
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = np.maximum(x @ weight.T + bias, 0.0)
-        return x @ self.weights[-1].T + self.biases[-1]
+        *hidden, (matrix, bias) = self._layers
+        x = observations
+        for inner, inner_bias in hidden:
+            x = np.maximum(x @ inner + inner_bias, 0.0)
+        return x @ matrix + bias
+
+    @cached_property
+    def _on_inputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `_layers`, (outputs, inputs) matrices, from raw inputs to Q(exit) - Q(continue)."""
+        from lede_env.engine.signals import feature_matrix
+
+        (first, bias), *hidden, (last, last_bias) = self._layers
+        layers = [(feature_matrix(self.features) @ first, bias), *hidden]
+        layers.append((last[:, EXIT:] - last[:, :EXIT], last_bias[EXIT:] - last_bias[:EXIT]))
+        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in layers]
+
+    def advantage(self, inputs: np.ndarray) -> float:
+        """Q(exit) - Q(continue) from the (INPUTS,) `Signals.inputs` of one decision: the decoder's short way."""
+        *hidden, (last, last_bias) = self._on_inputs
+        x = inputs
+        for matrix, bias in hidden:
+            x = matrix.dot(x)
+            x += bias
+            np.maximum(x, 0.0, out=x)
+        return float(last.dot(x)[0] + last_bias[0])
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         q = self.q_values(observations)

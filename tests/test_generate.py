@@ -185,7 +185,7 @@ class Wants(Strategy):
     def __init__(self, wanted, cap):
         self.control = _Wants(wanted, cap)
 
-    def start(self, lm):
+    def start(self, lm, seed):
         return self.control
 
 

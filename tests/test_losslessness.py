@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -17,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lede_env
-from lede_env.decoding.strategies import STRATEGIES, Autoregressive, LayerSkip, Lede, Strategy
+from lede_env.decoding.strategies import (
+    STRATEGIES,
+    Autoregressive,
+    Del,
+    DraftVerify,
+    FiniteStateMachine,
+    LayerSkip,
+    Lede,
+    Lite,
+    Strategy,
+)
 from lede_env.models.loading import EMBEDDED
 from lede_env.tasks import TASKS
 from tests.small_models import ARCHITECTURES, CoinPolicy, untrained_policy
@@ -28,11 +38,19 @@ TIE = 1e-4
 ON_EMBEDDED = {
     "autoregressive": lambda lm: [Autoregressive()],
     "layerskip": lambda lm: [LayerSkip(4, 5)],
+    "fsm": lambda lm: [FiniteStateMachine(4)],
+    "draft_verify": lambda lm: [DraftVerify(3)],
+    "lite": lambda lm: [Lite({3: 0.8, 4: 0.7, 6: 0.6, 8: 0.0})],
+    "del": lambda lm: [Del()],
     "lede": lambda lm: [Lede(CoinPolicy(0, p=0.7)), Lede(untrained_policy(lm))],
 }
 ON_RANDOM = {
     "autoregressive": lambda lm, rng: Autoregressive(),
     "layerskip": lambda lm, rng: LayerSkip(rng.randrange(1, lm.n_layers), rng.randint(1, 12)),
+    "fsm": lambda lm, rng: FiniteStateMachine(rng.randrange(1, lm.n_layers), rng.randint(1, 12)),
+    "draft_verify": lambda lm, rng: DraftVerify(rng.randrange(1, lm.n_layers), rng.random()),
+    "lite": lambda lm, rng: Lite({layer: rng.random() for layer in rng.sample(range(1, lm.n_layers), 3)}),
+    "del": lambda lm, rng: Del(),
     "lede": lambda lm, rng: Lede(
         rng.choice([CoinPolicy(rng.randrange(99), rng.random()), untrained_policy(lm, rng.randrange(99))])
     ),
@@ -114,10 +132,40 @@ def test_embedded_model_equals_transformers(tiny, embedded_references, name):
         alone = [lede_env.generate(tiny, prompt, strategy=strategy, max_new_tokens=96) for prompt in prompts[:4]]
         outs = [*alone, *outs]
         ties += sum(is_tie(out.token_ids, reference) for out, reference in zip(outs, references, strict=True))
-        if isinstance(strategy, Lede) and isinstance(strategy.policy, CoinPolicy):
+        if isinstance(strategy, Lite) or (isinstance(strategy, Lede) and isinstance(strategy.policy, CoinPolicy)):
             exits = {layer for out in outs for round_ in out.rounds for layer in round_.exits}
             assert exits == set(tiny.candidate_layers)  # the comparison saw every exit
     print(f"{name}: {ties} texts parted from transformers' at a near-tie")
+
+
+def cut_reference(reference, length):
+    return Reference(reference.ids[:length], reference.margins[:length])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_texts_end_at_an_eos_and_at_stop_strings(tiny, embedded_references, name):
+    """In a batch whose rows end at different places, within a draft or at its end."""
+    prompts, references = (part[:3] for part in embedded_references)
+    expected = [cut_reference(reference, 40) for reference in references]
+    strategy = row_of(ON_EMBEDDED, name)(tiny)[-1]
+    options = dict(strategy=strategy, max_new_tokens=40)
+
+    eos = expected[0].ids[25]  # a drafted token of the first text; the others may hold it too
+    outs = lede_env.generate(replace(tiny, eos_ids=(*tiny.eos_ids, eos)), prompts, **options)
+    for out, reference in zip(outs, expected, strict=True):
+        ends = reference.ids.index(eos) + 1 if eos in reference.ids else 40
+        if not is_tie(out.token_ids, cut_reference(reference, ends)):
+            assert out.finish_reason == ("eos" if eos in reference.ids else "length")
+
+    for out_of in (0, 1):
+        text = tiny.decode(expected[out_of].ids)
+        stop = text[len(text) // 2 :][:9]  # spans tokens
+        outs = lede_env.generate(tiny, prompts, stop=stop, **options)
+        for out, reference in zip(outs, expected, strict=True):
+            ends = next((n for n in range(41) if stop in tiny.decode(reference.ids[:n])), 40)
+            if not is_tie(out.token_ids, cut_reference(reference, ends)):
+                assert out.text == tiny.decode(reference.ids).split(stop)[0]
+                assert out.finish_reason == ("stop" if stop in tiny.decode(reference.ids) else "length")
 
 
 def test_a_prompt_of_several_prefill_chunks(tiny, embedded_model):
@@ -155,7 +203,7 @@ def test_random_models_equal_transformers(random_references, architecture, late_
             lm, RANDOM_PROMPTS[at], strategy=draw(lm, random.Random(seed)), max_new_tokens=new_tokens
         )
         expected = references[at]
-        ties.append(is_tie(out.token_ids, Reference(expected.ids[:new_tokens], expected.margins)))
+        ties.append(is_tie(out.token_ids, cut_reference(expected, new_tokens)))
 
     equals()
     print(f"{architecture}, {late_scale}, {name}: {sum(ties)} of {len(ties)} texts parted at a near-tie")
@@ -216,17 +264,26 @@ class OneEach(Strategy):
     def __init__(self, *strategies):
         self.waiting = list(strategies)
 
-    def start(self, lm):
-        return self.waiting.pop(0).start(lm)
+    def start(self, lm, seed):
+        return self.waiting.pop(0).start(lm, seed)
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])
 @pytest.mark.parametrize("late_scale", [1.0, 0.05])
 def test_a_batch_of_strategies_equals_each_alone(random_references, architecture, late_scale):
     lm, references = random_references(architecture, late_scale)
-    prompts = [*RANDOM_PROMPTS, RANDOM_PROMPTS[0], RANDOM_PROMPTS[2]]
-    expected = [*references, references[0], references[2]]
-    strategies = [LayerSkip(2, 5), Lede(CoinPolicy(1)), Autoregressive(), LayerSkip(5, 12), Lede(untrained_policy(lm))]
+    prompts, expected = RANDOM_PROMPTS * 3, references * 3
+    strategies = [
+        Del(),  # first: the session keeps the states that its first row asks for
+        Lede(CoinPolicy(1)),
+        Autoregressive(),
+        LayerSkip(5, 12),
+        Lede(untrained_policy(lm)),
+        Lite({2: 0.4, 3: 0.3, 5: 0.0}),
+        LayerSkip(2, 5),
+        FiniteStateMachine(2),
+        DraftVerify(3, 0.2),
+    ]
     batch = lede_env.generate(lm, prompts, strategy=OneEach(*strategies), max_new_tokens=RANDOM_TOKENS)
     assert not any(is_tie(out.token_ids, reference) for out, reference in zip(batch, expected, strict=True))
     strategies[1] = Lede(CoinPolicy(1))  # a fresh coin

@@ -87,10 +87,10 @@ def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
     signals = Signals(logits, layer=4, n_layers=16, phase=2, position=3, cap=12, trace=0.5)
     raw = raw_signals(logits[None])[0].numpy()
-    np.testing.assert_array_equal(signals.raw, raw)
+    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 2.0, 0.25], rtol=1e-6)
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
     expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, phase=2.0, position=0.25)
-    np.testing.assert_array_equal(signals.features(DRAFT_FEATURES), expected)
+    np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-6)
 
 
 def test_trace_window_and_trace_feature_agree():

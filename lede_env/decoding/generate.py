@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lede_env.decoding.stopwatch import Lap, Stopwatch, no_lap
 from lede_env.decoding.strategies import Autoregressive, Control, Strategy
 from lede_env.decoding.text import TextStream
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, greedy_match, speculative_match
@@ -53,6 +53,8 @@ class Generation:
     seed: int  # of this row: alone with this seed, the prompt gives the same text
     model: str
     strategy: str
+    control: Control  # what the strategy learned on the way, for `carry_over`
+    profile: dict[str, float] | None  # seconds of the whole batch by part, with profile=True
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    carry_over: Generation | None = None,
+    profile: bool = False,
 ) -> Generation | list[Generation]:
     """Continue one prompt, or a batch of them, losslessly: the strategy changes the speed, never the distribution.
 
@@ -115,6 +119,9 @@ def generate(
         temperature, top_k, top_p: 0 is greedy; top_k 0 and top_p 1 are off.
         seed: row b of a batch draws from `derive_seed(seed, b)`, row 0 from `seed` itself.
         stop: strings that end the text where they begin.
+        carry_over: an earlier generation of the same strategy, whose learned state this one goes on with (Draft &
+            Verify's threshold). One prompt only: the rows of a batch never influence each other.
+        profile: also split the wall-clock by part: `Generation.profile`.
 
     Returns:
         A Generation, or a list of them for a batch.
@@ -123,10 +130,12 @@ def generate(
     strategy = strategy or Autoregressive()
     sampling = Sampling(temperature, top_k, top_p)
     rows = _make_rows(lm, prompts, strategy, max_new_tokens, seed, stop)
-    times = _Times()
-    for _ in _rounds(lm, rows, sampling, times):
+    if carry_over is not None:
+        _carry(carry_over, rows, strategy)
+    stopwatch = Stopwatch(lm, profile)
+    for _ in _rounds(lm, rows, sampling, stopwatch):
         pass
-    results = [_result(lm, row, strategy, times) for row in rows]
+    results = [_result(lm, row, strategy, stopwatch) for row in rows]
     return results[0] if single else results
 
 
@@ -153,33 +162,37 @@ def stream(
 
 def _pieces(lm: LayeredLM, rows: list[_Row], sampling: Sampling) -> Iterator[Piece]:
     row = rows[0]
-    for _ in _rounds(lm, rows, sampling, _Times()):
+    for _ in _rounds(lm, rows, sampling, Stopwatch(lm)):
         yield Piece(row.text.take() if row.text else "", row.round)
     yield Piece(row.text.take(last=True) if row.text else "", None)
 
 
-@dataclass
-class _Times:
-    prefill: float = 0.0
-    decode: float = 0.0
+def _carry(earlier: Generation, rows: list[_Row], strategy: Strategy) -> None:
+    """Hand the learned state of an earlier generation on to the one row there is."""
+    if len(rows) != 1:
+        raise LedeError(f"carry_over takes one prompt, got a batch of {len(rows)}; decode them one after another")
+    if type(earlier.control) is not type(rows[0].control):
+        raise LedeError(
+            f"carry_over comes from strategy {earlier.strategy!r}, not from {strategy.name!r}; give one of its own"
+        )
+    rows[0].control.carry(earlier.control)
 
 
-def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, times: _Times) -> Iterator[None]:
+def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, stopwatch: Stopwatch) -> Iterator[None]:
     """Prefill, then play rounds, yielding after each, until all rows are done."""
     capacity = max(len(row.prompt_ids) + row.budget for row in rows)
     width = max(row.control.cap for row in rows) + 1
-    with lm.session(len(rows), capacity, width) as session:
-        begin = time.perf_counter()
+    with lm.session(len(rows), capacity, width, rows[0].control.taps) as session:
+        stopwatch.start()
         _prefill(session, rows)
-        times.prefill = _elapsed(lm, begin)
-        begin = time.perf_counter()
+        stopwatch.prefilled()
         active = rows
         while active:
-            play_round(session, active, sampling)
+            play_round(session, active, sampling, stopwatch.lap)
             for row in active:
                 _collect(lm, row)
             active = [row for row in active if not row.finish_reason]
-            times.decode = _elapsed(lm, begin)
+            stopwatch.played()
             yield
 
 
@@ -187,11 +200,13 @@ def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, times: _Times) 
 @torch.inference_mode()
 def _prefill(session: Session, rows: list[_Row]) -> None:
     for row in rows:
-        session.prefill(row.index, row.prompt_ids[:-1])
+        states = session.prefill(row.index, row.prompt_ids[:-1])
+        if row.control.taps:
+            row.control.study(states, session.lm)
 
 
 @torch.inference_mode()
-def play_round(session: Session, rows: list[_Row], sampling: Sampling) -> None:
+def play_round(session: Session, rows: list[_Row], sampling: Sampling, lap: Lap = no_lap) -> None:
     """One round of every row, in lockstep, by the round protocol of design section 4."""
     lm = session.lm
     for row in rows:
@@ -199,18 +214,22 @@ def play_round(session: Session, rows: list[_Row], sampling: Sampling) -> None:
     session.feed([row.index for row in rows], [row.pending for row in rows])
     drafting = [row for row in rows if row.limit > 0]
     while drafting:
-        signals = _draft(session, drafting, sampling)
+        signals = _draft(session, drafting, sampling, lap)
         # Every draft opens a slot, the last one too: verification runs it through all the layers.
         session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
         drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
+        lap("policy")
     states = session.finish([row.index for row in rows])
     logits = lm.logits(torch.cat(states)).split([len(state) for state in states])
     for row, target in zip(rows, logits, strict=True):
         _verify(lm, row, target, sampling)
+        if row.control.taps:
+            row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)
         session.close_round(row.index, row.round.accepted + 1)
+    lap("verification")
 
 
-def _draft(session: Session, rows: list[_Row], sampling: Sampling) -> list[Signals]:
+def _draft(session: Session, rows: list[_Row], sampling: Sampling, lap: Lap) -> list[Signals]:
     """Make the next draft of every row, at a layer of its strategy's path. Returns the signals each left with."""
     lm = session.lm
     paths = {row.index: row.control.path(row.round) for row in rows}
@@ -218,33 +237,37 @@ def _draft(session: Session, rows: list[_Row], sampling: Sampling) -> list[Signa
     walking, step = rows, 0
     while walking:
         session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
+        lap("drafting layers")
         logits = lm.logits(session.newest([row.index for row in walking]))  # (R, V)
-        best = logits.argmax(-1).tolist() if sampling.greedy else []
-        staying = []
+        lap("heads")
+        staying: list[_Row] = []
+        best = logits.argmax(-1).tolist() if sampling.greedy and len(walking) > 1 else []
         for at, row in enumerate(walking):
             path, made = paths[row.index], len(row.round.drafts)
             trace = row.trace.mean(row.draft_trace) if row.needs_trace else 0.0
-            signals = Signals(logits[at], path[step], lm.n_layers, 2 if made else 1, made, row.control.cap, trace)
+            signals = Signals(logits[at], path[step], lm.n_layers, 2 if made else 1, made, row.control.cap, trace, lap)
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)
                 continue
             if sampling.greedy:
-                token = best[at]
+                token = signals.best if len(walking) == 1 else best[at]
             else:
                 row.q.append(sampling.probabilities(logits[at : at + 1])[0])
                 token = draw(row.q[-1], row.draws.next())
             row.round.drafts.append(token)
             row.round.exits.append(path[step])
+            row.control.drew(signals, row.round)
             left[row.index] = signals
         walking, step = staying, step + 1
+        lap("policy")
     return [left[row.index] for row in rows]
 
 
 def _goes_on(lm: LayeredLM, row: _Row, signals: Signals) -> bool:
     """Whether the row makes another draft this round."""
     if row.needs_trace:
-        row.draft_trace.append(-float(signals.raw[0]))
+        row.draft_trace.append(-signals.top[0])
     if row.round.drafts[-1] in lm.eos_ids:
         return False
     if len(row.round.drafts) >= row.limit:
@@ -317,7 +340,7 @@ def _make_rows(
             _Row(
                 index=index,
                 prompt_ids=ids,
-                control=strategy.start(lm),
+                control=strategy.start(lm, row_seed),
                 draws=Draws(row_seed),
                 seed=row_seed,
                 budget=min(max_new_tokens, room),
@@ -330,13 +353,14 @@ def _make_rows(
     return rows
 
 
-def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Generation:
-    counts = row.counts
-    if row.text is not None:
-        row.text.take(last=True)
-        text = row.text.text
-    else:
-        text = lm.decode(row.tokens) if lm.tokenizer is not None else ""
+def _result(lm: LayeredLM, row: _Row, strategy: Strategy, stopwatch: Stopwatch) -> Generation:
+    counts, stream_ = row.counts, row.text
+    if stream_ is None and lm.tokenizer is not None:
+        stream_ = TextStream(lm, ())
+        stream_.push(row.tokens)
+    if stream_ is not None:
+        stream_.take(last=True)
+    text = stream_.text if stream_ is not None else ""
     metrics = Metrics(
         E=counts.E,
         d=counts.d,
@@ -344,8 +368,8 @@ def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Gene
         tokens_per_round=counts.tokens_per_round,
         rounds=counts.rounds,
         tokens=len(row.tokens),
-        prefill_seconds=times.prefill,
-        decode_seconds=times.decode,
+        prefill_seconds=stopwatch.prefill,
+        decode_seconds=stopwatch.decode,
     )
     return Generation(
         text,
@@ -358,6 +382,8 @@ def _result(lm: LayeredLM, row: _Row, strategy: Strategy, times: _Times) -> Gene
         row.seed,
         lm.name,
         strategy.name,
+        row.control,
+        stopwatch.profile,
     )
 
 
@@ -373,9 +399,3 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     if isinstance(items[0], dict) or not isinstance(items[0], str | list | tuple):
         return [items], True
     return items, False
-
-
-def _elapsed(lm: LayeredLM, begin: float) -> float:
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
-    return time.perf_counter() - begin

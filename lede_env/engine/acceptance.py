@@ -6,7 +6,9 @@ neither the batch it was computed in nor on the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from lede_env.errors import LedeError
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_BELOW_ONE = 1.0 - 2.0**-53
 
 
 def _mix(z: int) -> int:
@@ -76,15 +79,23 @@ class Sampling:
         return scores.softmax(-1)
 
 
-def draw(probabilities: Tensor, u: float) -> int:
-    """A token from (V,) non-negative weights by inverse transform of one uniform number."""
-    total = probabilities.double().cumsum(-1)
-    # The first index whose cumulative weight exceeds u * sum: never a token of weight zero.
-    return int(torch.searchsorted(total, total[-1:] * u, right=True).clamp_max(last_positive(probabilities)))
+def draw(weights: Tensor, u: float) -> int:
+    """A token from (V,) non-negative weights by inverse transform of one uniform number in [0, 1]."""
+    return draw_rows(weights.unsqueeze(0), [u])[0]
 
 
-def last_positive(probabilities: Tensor) -> int:
-    return int(probabilities.nonzero()[-1])
+def draw_rows(weights: Tensor, uniforms: Sequence[float]) -> list[int]:
+    """A token from each row of (N, V) non-negative weights by inverse transform of its own uniform number."""
+    total = weights.double().cumsum(-1)  # (N, V)
+    u = torch.tensor(uniforms, dtype=torch.float64, device=weights.device).unsqueeze(1)  # (N, 1)
+    # The first index whose cumulative weight exceeds u * sum, for a u below 1: never a token of weight zero.
+    return torch.searchsorted(total, total[:, -1:] * u.clamp_max(_BELOW_ONE), right=True).squeeze(1).tolist()
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What a token rejected under q is replaced from: (N, V) weights max(p - q, 0), or p where all of these are 0."""
+    rest = (p - q).clamp_min(0.0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
 
 
 def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
@@ -96,17 +107,37 @@ def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
 
 
 def speculative_match(drafts: list[int], p: Tensor, q: list[Tensor], draws: Draws) -> tuple[int, int]:
-    """Speculative sampling (Leviathan et al. 2023): (accepted, next token), exactly distributed as the target.
+    """`speculative_matches` of one row."""
+    return speculative_matches([drafts], p, [q], [draws])[0]
 
-    `p` is (d + 1, V), `q` the (V,) distribution each draft was drawn from. A draft x is accepted with probability
-    min(1, p(x) / q(x)); at the first rejection the next token comes from the normalised max(p - q, 0), or from p
-    where that residual is zero; when all are accepted it is the bonus token, from p.
+
+def speculative_matches(
+    drafts: Sequence[list[int]], p: Tensor, q: Sequence[list[Tensor]], draws: Sequence[Draws]
+) -> list[tuple[int, int]]:
+    """Speculative sampling (Leviathan et al. 2023) of N rows: of each (accepted, next token), the target's exactly.
+
+    With d_n drafts in row n, `p` is (sum of d_n + 1, V), row after row, and `q[n][i]` the (V,) distribution draft i
+    was drawn from. A draft x is accepted with probability min(1, p(x) / q(x)); at the first rejection the next token
+    comes from the normalised max(p - q, 0), or from p where that residual is zero; when all are accepted it is the
+    bonus token, from p.
     """
-    for i, token in enumerate(drafts):
-        if draws.next() * float(q[i][token]) >= float(p[i, token]):
-            residual = (p[i] - q[i]).clamp_min(0.0)
-            return i, draw(residual if float(residual.sum()) > 0.0 else p[i], draws.next())
-    return len(drafts), draw(p[len(drafts)], draws.next())
+    ends = list(accumulate(len(row) + 1 for row in drafts))
+    places = [end - len(row) - 1 + i for end, row in zip(ends, drafts, strict=True) for i in range(len(row))]
+    # As p, with zeros in each row's last place: there the residual is p, and the bonus token needs no case of its own.
+    drawn_from = torch.zeros_like(p)
+    if places:
+        drawn_from[places] = torch.stack([q_i for row in q for q_i in row])
+    tokens = torch.tensor([token for row in drafts for token in (*row, 0)], device=p.device).unsqueeze(1)
+    p_x, q_x = torch.stack([p, drawn_from]).gather(-1, tokens.expand(2, -1, 1)).squeeze(-1).tolist()
+    accepted, settled = [], []
+    for end, row, own in zip(ends, drafts, draws, strict=True):
+        begin = at = end - len(row) - 1
+        while at < end - 1 and own.next() * q_x[at] < p_x[at]:
+            at += 1
+        accepted.append(at - begin)
+        settled.append(at)
+    next_tokens = draw_rows(residual(p[settled], drawn_from[settled]), [own.next() for own in draws])
+    return list(zip(accepted, next_tokens, strict=True))
 
 
 def coupled_drafts(p: Tensor, q: Tensor, target: int, u: float) -> tuple[list[int], Tensor]:
@@ -117,13 +148,8 @@ def coupled_drafts(p: Tensor, q: Tensor, target: int, u: float) -> tuple[list[in
     accepts (maximal coupling; design section 5). Returns the drafts and the (C,) acceptance probabilities.
     """
     chance = (q[:, target] / p[target]).clamp_max(1.0)  # (C,)
-    drafts = []
-    for layer, accept in enumerate(chance.tolist()):
-        if u < accept:
-            drafts.append(target)
-        else:
-            residual = (q[layer] - p).clamp_min(0.0)
-            # Given rejection, u is uniform on [accept, 1): rescaled, it draws from the residual.
-            usable = float(residual.sum()) > 0.0
-            drafts.append(draw(residual if usable else q[layer], (u - accept) / (1.0 - accept)))
-    return drafts, chance
+    accept = chance.tolist()
+    # Given rejection, u is uniform on [accept, 1): rescaled, it draws from the residual.
+    rescaled = [(u - a) / (1.0 - a) if u >= a else 0.0 for a in accept]
+    others = draw_rows(residual(q, p), rescaled)
+    return [target if u < a else other for a, other in zip(accept, others, strict=True)], chance

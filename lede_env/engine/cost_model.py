@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.errors import LedeError
 
 SHIPPED = Path(__file__).parent / "cost_models"
@@ -28,8 +30,8 @@ class CostModel:
     dtype: str
     n_layers: int
     layer: tuple[float, ...]  # one layer
-    head: tuple[float, ...]  # final norm, LM head and signals
-    policy: float  # one decision
+    head: tuple[float, ...]  # final norm, LM head and the most probable token
+    decision: float  # signals of one row, features and policy network
     context: int  # positions in the cache while measuring
     software: str
 
@@ -40,22 +42,47 @@ class CostModel:
 
     def walk(self, layers: int, heads: int, decisions: int) -> float:
         """Cost, in autoregressive steps, of running one token through `layers` with `heads` exit checks."""
-        return (layers * self.layer[1] + heads * self.head[1] + decisions * self.policy) / self.step
+        return (layers * self.layer[1] + heads * self.head[1] + decisions * self.decision) / self.step
 
     def round(self, exit_layer: int, drafts: int, checks: int, decisions: int) -> float:
         """Cost, in autoregressive steps, of a round that drafts at one layer (design section 3).
 
-        (d + 1) e t_layer + (L - e) t_layer(d + 1) + (d + checks) t_head + t_head(d + 1) + decisions t_policy.
+        (d + 1) e t_layer + (L - e) t_layer(d + 1) + (d + checks) t_head + t_head(d + 1) + decisions t_decision.
         """
-        width = min(drafts + 1, len(self.layer) - 1)
         seconds = (
             (drafts + 1) * exit_layer * self.layer[1]
-            + (self.n_layers - exit_layer) * self.layer[width]
+            + (self.n_layers - exit_layer) * _at(self.layer, drafts + 1)
             + (drafts + checks) * self.head[1]
-            + self.head[width]
-            + decisions * self.policy
+            + _at(self.head, drafts + 1)
+            + decisions * self.decision
         )
         return seconds / self.step
+
+    def of(self, round_: Round) -> float:
+        """Cost, in autoregressive steps, of a round as it was played, its drafts from whatever layers.
+
+        The slots of the round go through the layers as a session moves them: one that waits below rides along. Equals
+        `round` where all drafts left one layer, and the round was not cut by the end of the text.
+        """
+        seconds, depths = 0.0, [0]
+        for goal in (*round_.exits, self.n_layers):
+            while depths[-1] < goal:
+                here = depths[-1]
+                there = min(goal, min((depth for depth in depths if depth > here), default=goal))
+                seconds += (there - here) * _at(self.layer, depths.count(here))
+                depths = [there if depth == here else depth for depth in depths]
+            depths.append(0)
+        heads = len(round_.exits) + round_.checks
+        seconds += heads * self.head[1] + _at(self.head, len(round_.exits) + 1) + round_.decisions * self.decision
+        if round_.studied:
+            seconds += _at(self.head, round_.studied)
+        return seconds / self.step
+
+
+def _at(seconds: Sequence[float], width: int) -> float:
+    """Entry of a width; wider passes than were measured cost in proportion."""
+    widest = len(seconds) - 1
+    return seconds[width] if width <= widest else seconds[widest] * width / widest
 
 
 @cache
@@ -70,74 +97,104 @@ def load_cost_model(name: str) -> CostModel:
     try:
         values = json.loads(path.read_text())
         return CostModel(**{**values, "layer": tuple(values["layer"]), "head": tuple(values["head"])})
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise LedeError(
             f"{path} is not a cost model ({error}); write one with python -m lede_env.engine.cost_model"
         ) from error
 
 
-def measure(
-    model: str = "tiny", device: str = "auto", widths: int = 13, context: int = 256, repeats: int = 30
-) -> CostModel:
-    """Time a layer, a head with signals, and a policy decision on this machine: medians, warmed, synchronised."""
-    import platform
+def measure(model: str = "tiny", device: str = "auto", context: int = 256, repeats: int = 100) -> CostModel:
+    """Time a layer, a head and a decision on this machine: medians, warmed, synchronised.
 
-    import numpy as np
+    The pieces take turns, repeat by repeat, so that a busy moment hits all alike.
+    """
     import torch
 
-    from lede_env.engine.signals import EXIT_FEATURES, Signals, raw_signals
     from lede_env.models.loading import load_model
-    from lede_env.policies import MLPPolicy
 
     lm = load_model(model, device=device)
-    on_gpu = lm.device.type == "cuda"
-
-    def median_seconds(call) -> float:
-        samples = []
-        for index in range(repeats + 5):
-            begin = time.perf_counter()
-            call()
-            if on_gpu:
-                torch.cuda.synchronize(lm.device)
-            if index >= 5:
-                samples.append(time.perf_counter() - begin)
-        return statistics.median(samples)
-
-    layers, heads = [0.0], [0.0]
-    with torch.inference_mode(), lm.session(1, context + widths, widths) as session:
+    widths = range(1, DRAFT_CAP + 2)
+    with torch.inference_mode(), lm.session(1, context + len(widths), len(widths)) as session:
         session.prefill(0, [token % lm.geometry.vocab for token in range(context)])
-        for width in range(1, widths + 1):
+        pieces = {"decision": _decision(lm)}
+        for width in widths:
             x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
             span = session.cache.span([0], [context], width)
-            layers.append(median_seconds(lambda x=x, s=span: lm.run(x, session.cache, s, 0, lm.n_layers)) / lm.n_layers)
-            heads.append(median_seconds(lambda x=x: raw_signals(lm.logits(x[0])).cpu()))
-        policy = MLPPolicy.random(EXIT_FEATURES, hidden=(64, 64), seed=0)
-        signals = Signals(lm.logits(x[0, :1])[0], 4, lm.n_layers, 1, 0, 12, 0.0)
-        signals.raw  # noqa: B018 - computed before timing: it is part of the head
-        decision = median_seconds(lambda: policy.exit_probability(np.asarray(signals.features(EXIT_FEATURES))[None]))
-    hardware = (
-        torch.cuda.get_device_name(lm.device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    name = f"{lm.name}-{'cuda' if on_gpu else 'cpu'}"
+            pieces[f"layer {width}"] = lambda x=x, s=span: lm.run(x, session.cache, s, 0, lm.n_layers)
+            pieces[f"head {width}"] = lambda x=x: lm.logits(x[0]).argmax(-1).tolist()
+        seconds = _medians(pieces, repeats, lm.device)
+    on_gpu = lm.device.type == "cuda"
     return CostModel(
-        name, lm.name, hardware, str(lm.dtype).removeprefix("torch."), lm.n_layers, tuple(layers), tuple(heads),
-        decision, context, f"torch {torch.__version__}",
-    )  # fmt: skip
+        name=f"{lm.name}-{lm.device.type}",
+        model=lm.name,
+        device=torch.cuda.get_device_name(lm.device) if on_gpu else _cpu(torch.get_num_threads()),
+        dtype=str(lm.dtype).removeprefix("torch."),
+        n_layers=lm.n_layers,
+        layer=(0.0, *(seconds[f"layer {width}"] / lm.n_layers for width in widths)),
+        head=(0.0, *(seconds[f"head {width}"] for width in widths)),
+        decision=seconds["decision"],
+        context=context,
+        software=f"torch {torch.__version__}",
+    )
 
 
-def main(model: str = "tiny", device: str = "auto", out: Path | None = None) -> None:
+def _decision(lm) -> Callable[[], object]:
+    """One decision as the decoder makes it: a row of logits to signals, features, and a policy's answer."""
+    import torch
+
+    from lede_env.engine.signals import EXIT_FEATURES, Signals
+    from lede_env.policies import MLPPolicy
+
+    policy = MLPPolicy.random(EXIT_FEATURES, seed=0)
+    logits = torch.randn(lm.geometry.vocab, device=lm.device)
+
+    def decide():
+        signals = Signals(logits, 1, lm.n_layers, 1, 0, DRAFT_CAP, 0.0)
+        return policy.advantage(signals.inputs(EXIT_FEATURES)) > 0.0
+
+    return decide
+
+
+def _medians(pieces: dict[str, Callable[[], object]], repeats: int, device) -> dict[str, float]:
+    """Median seconds of each piece, after five rounds of warming up."""
+    import torch
+
+    samples: dict[str, list[float]] = {name: [] for name in pieces}
+    for repeat in range(repeats + 5):
+        for name, call in pieces.items():
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= 5:
+                samples[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _cpu(threads: int) -> str:
+    """The processor's name and the threads used."""
+    import platform
+
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {threads} threads"
+
+
+def main(model: str = "tiny", device: str = "auto", repeats: int = 100, out: Path | None = None) -> None:
     """Measure a cost model on this machine and write it as JSON.
 
     Args:
         model: name, hub id or folder of the model.
         device: "auto", "cpu" or "cuda".
+        repeats: timings of each piece; the median counts.
         out: file to write; by default NAME.json in the current folder.
     """
-    found = measure(model, device)
+    found = measure(model, device, repeats=repeats)
     path = out or Path(f"{found.name}.json")
     path.write_text(json.dumps(asdict(found), indent=1) + "\n")
     print(f"{path}: layer {found.layer[1] * 1e3:.3f} ms, head {found.head[1] * 1e3:.3f} ms, "
-          f"policy {found.policy * 1e3:.3f} ms, step {found.step * 1e3:.2f} ms on {found.device}")  # fmt: skip
+          f"decision {found.decision * 1e3:.3f} ms, step {found.step * 1e3:.2f} ms on {found.device}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
+from lede_env.tasks import check_text
 
 if TYPE_CHECKING:
     from lede_env.engine.kv_cache import KVCache, Span
@@ -76,11 +78,14 @@ class LayeredLM:
     def n_layers(self) -> int:
         return self.geometry.n_layers
 
-    def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1) -> Session:
-        """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round."""
+    def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1, taps: Sequence[int] = ()) -> Session:
+        """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round.
+
+        `taps`: layers whose outgoing states the session keeps, for strategies that learn from them.
+        """
         from lede_env.engine.session import Session
 
-        return Session(self, batch, capacity, width)
+        return Session(self, batch, capacity, width, taps)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(N,) token ids -> (N, H) states at layer 0."""
@@ -115,6 +120,7 @@ class LayeredLM:
     def encode(self, prompt: str | list[dict[str, str]] | list[int]) -> list[int]:
         """Token ids of a text, of chat messages (the model's chat template), or of ids as they are."""
         if isinstance(prompt, str):
+            check_text(prompt, "the prompt")
             ids = self._tokenizer().encode(prompt) if prompt else []
         elif prompt and isinstance(prompt[0], dict):
             if not getattr(self._tokenizer(), "chat_template", None):

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from lede_env.errors import LedeError
+
 DRAFT_CAP = 12  # paper section 4.1
+
+
+def check_speculation(speculation: int) -> None:
+    """Raise a LedeError unless a round may draft this many tokens."""
+    if not 1 <= speculation <= DRAFT_CAP:
+        raise LedeError(f"speculation={speculation} is out of range: a round drafts 1 to {DRAFT_CAP} tokens")
 
 
 def draft_limit(cap: int, tokens_left: int) -> int:
@@ -23,7 +31,8 @@ class Round:
     drafts: list[int] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
     checks: int = 0  # heads evaluated at layers the draft then did not leave
-    decisions: int = 0  # times the policy was asked
+    decisions: int = 0  # times the strategy looked at signals
+    studied: int = 0  # states put through the head after verification, to learn from
     limited: bool = False  # the token budget, not the strategy, ended drafting
     accepted: int = 0
     emitted: list[int] = field(default_factory=list)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lede_env.engine.kv_cache import KVCache
+from lede_env.engine.kv_cache import KVCache, Span
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
+
+
+TAPPED_PROMPT = 32  # prompt positions whose states are kept for strategies that learn from them
 
 
 class Session:
@@ -27,7 +31,7 @@ class Session:
     Use it as a context manager: a session in use refuses a second user, and leaves by any exception usable.
     """
 
-    def __init__(self, lm: LayeredLM, batch: int, capacity: int, width: int):
+    def __init__(self, lm: LayeredLM, batch: int, capacity: int, width: int, taps: Sequence[int] = ()):
         if batch < 1:
             raise LedeError(f"a session needs at least one row, got batch={batch}")
         if not 1 <= capacity <= lm.geometry.context:
@@ -47,6 +51,7 @@ class Session:
             lm.device,
         )
         self.hidden = torch.zeros(batch, width, geometry.hidden, dtype=lm.dtype, device=lm.device)
+        self.tapped = {layer: torch.zeros_like(self.hidden) for layer in taps}  # states of the slots leaving a layer
         self.lengths = [0] * batch
         self.depth: list[list[int]] = [[] for _ in range(batch)]
         self._busy = False
@@ -62,18 +67,32 @@ class Session:
         for slots in self.depth:
             slots.clear()
 
-    def prefill(self, row: int, ids: list[int]) -> None:
-        """Forget the row, then run every layer over `ids` (the prompt without its last token; may be empty)."""
+    def prefill(self, row: int, ids: list[int]) -> Tensor:
+        """Forget the row, then run every layer over `ids` (the prompt without its last token; may be empty).
+
+        Returns the (taps, n, H) states of the last n <= TAPPED_PROMPT positions leaving each tapped layer.
+        """
         self.lengths[row] = 0
         self.depth[row].clear()
         if len(ids) > self.capacity:
             raise LedeError(f"{len(ids)} prompt tokens do not fit the session's {self.capacity} positions")
+        seen = self.hidden.new_zeros(len(self.tapped), 0, self.hidden.shape[-1])
         for begin in range(0, len(ids), 512):
             part = ids[begin : begin + 512]
             span = self.cache.span([row], [begin], len(part))
             x = self.lm.embed(torch.tensor(part, device=self.lm.device)).unsqueeze(0)
-            self.lm.run(x, self.cache, span, 0, self.lm.n_layers)
+            seen = torch.cat([seen, self._run_all(x, span)], dim=1)[:, -TAPPED_PROMPT:]
         self.lengths[row] = len(ids)
+        return seen
+
+    def _run_all(self, x: Tensor, span: Span) -> Tensor:
+        """Run (1, Q, H) states through every layer; returns the (taps, Q, H) states leaving the tapped ones."""
+        seen = x.new_zeros(len(self.tapped), *x.shape[1:])
+        for first, last in pairwise(sorted({0, *self.tapped, self.lm.n_layers})):
+            x = self.lm.run(x, self.cache, span, first, last)
+            if last in self.tapped:
+                seen[list(self.tapped).index(last)] = x[0]
+        return seen
 
     def feed(self, rows: list[int], tokens: list[int]) -> None:
         """Open the next slot of each row with its token, at depth 0."""
@@ -85,7 +104,7 @@ class Session:
     def advance(self, rows: list[int], targets: list[int]) -> None:
         """Run the newest slot of each row on to its target layer; slots waiting on the way ride along."""
         goal = dict(zip(rows, targets, strict=True))
-        stops = {depth for row in rows for depth in self.depth[row] if depth < goal[row]} | set(targets)
+        stops = {depth for row in rows for depth in self.depth[row] if depth < goal[row]} | {*targets, *self.tapped}
         for first, last in pairwise(sorted(stops)):
             moving = [row for row in rows if self.depth[row][-1] == first and goal[row] >= last]
             if moving:
@@ -106,6 +125,8 @@ class Session:
             self._move_ragged(rows, tails, counts, width, span, first, last)
         for row, tail in zip(rows, tails, strict=True):
             self.depth[row][tail:] = [last] * (len(self.depth[row]) - tail)
+            if last in self.tapped:
+                self.tapped[last][row, tail : len(self.depth[row])] = self.hidden[row, tail : len(self.depth[row])]
 
     def _move_ragged(self, rows, tails, counts, width, span, first, last) -> None:
         """As `_move`, for rows whose open slots differ: gathered, padded at the end to one width, put back."""
@@ -129,6 +150,10 @@ class Session:
         """Verification: every open slot to full depth. Returns (slots, H) states of each row."""
         self.advance(rows, [self.lm.n_layers] * len(rows))
         return [self.hidden[row, : len(self.depth[row])] for row in rows]
+
+    def tapped_states(self, row: int, slots: int) -> Tensor:
+        """(taps, slots, H) states of a row's first slots leaving each tapped layer."""
+        return torch.stack([states[row, :slots] for states in self.tapped.values()])
 
     def close_round(self, row: int, kept: int) -> None:
         """Keep the first `kept` slots' keys and values (the pending token and the accepted drafts); drop the rest."""

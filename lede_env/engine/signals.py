@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lede_env.errors import LedeError
@@ -27,6 +28,19 @@ PAPER_FEATURES = ("confidence", "entropy", "trace")
 EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1")
 DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position")
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
+
+# What each feature is: weights of the inputs, which are the raw signals and then the four context values.
+INPUTS = RAW + 4
+FEATURES: dict[str, dict[int, float]] = {
+    "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
+    "entropy": {TOP: 1.0},
+    "trace": {RAW: 1.0},
+    "layer": {RAW + 1: 1.0},
+    "margin": {0: 1.0, 1: -1.0},
+    "top1": {0: -1.0},
+    "phase": {RAW + 2: 1.0},
+    "position": {RAW + 3: 1.0},
+}
 
 
 def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
@@ -56,15 +70,35 @@ def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.nda
     )
 
 
-def raw_signals(logits: Tensor) -> Tensor:
-    """(N, V) logits -> (N, RAW): the TOP largest log-probabilities, descending and floored, and the entropy in nats."""
-    log_p = torch.log_softmax(logits, dim=-1)
+def log_probabilities(logits: Tensor) -> Tensor:
+    """(..., V) logits -> (..., V) log-probabilities at temperature 1, floored."""
+    return logits.log_softmax(-1).clamp_min_(LOG_FLOOR)
+
+
+def top_log_probabilities(log_p: Tensor) -> Tensor:
+    """(..., V) log-probabilities -> the TOP largest, descending; a smaller vocabulary leaves the rest at the floor."""
     top = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1).values
-    if top.shape[-1] < TOP:
-        top = torch.nn.functional.pad(top, (0, TOP - top.shape[-1]), value=LOG_FLOOR)
-    entropy = -(log_p.exp() * log_p.clamp_min(-1e30)).sum(-1, keepdim=True)
-    entropy = entropy.clamp(0.0, math.log(log_p.shape[-1]))  # rounding alone would pass the bounds
-    return torch.cat([top.clamp_min(LOG_FLOOR), entropy], dim=-1)
+    return top if top.shape[-1] == TOP else F.pad(top, (0, TOP - top.shape[-1]), value=LOG_FLOOR)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """(..., V) log-probabilities -> (...,) entropy in nats. The clamp is for rounding, which would pass the bounds."""
+    return torch.linalg.vecdot(log_p.exp(), log_p).neg_().clamp_(0.0, math.log(log_p.shape[-1]))
+
+
+def raw_signals(logits: Tensor) -> Tensor:
+    """(N, V) logits -> (N, RAW): the TOP largest log-probabilities, then the entropy."""
+    log_p = log_probabilities(logits)
+    return torch.cat([top_log_probabilities(log_p), entropy(log_p).unsqueeze(-1)], dim=-1)
+
+
+def feature_matrix(names: Sequence[str]) -> np.ndarray:
+    """(INPUTS, len(names)) float32: every feature is linear in the raw signals and their context, see `FEATURES`."""
+    matrix = np.zeros((INPUTS, len(names)), np.float32)
+    for column, name in enumerate(names):
+        for row, weight in FEATURES[name].items():
+            matrix[row, column] = weight
+    return matrix
 
 
 def compute_features(
@@ -76,24 +110,16 @@ def compute_features(
     phase: np.ndarray | float = 1.0,
     position: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features.
+    """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
+    inputs = np.empty((*raw.shape[:-1], INPUTS), np.float32)
+    inputs[..., :RAW] = raw
+    for place, value in enumerate((trace, layer, phase, position), RAW):
+        inputs[..., place] = value
+    return inputs @ feature_matrix(names)
 
-    `layer` is e / L, `trace` the window's mean, `position` the drafts made so far over the cap.
-    """
-    columns = {
-        "confidence": lambda: -raw[..., :CONFIDENCE_K].mean(-1),
-        "entropy": lambda: raw[..., TOP],
-        "trace": lambda: trace,
-        "layer": lambda: layer,
-        "margin": lambda: raw[..., 0] - raw[..., 1],
-        "top1": lambda: -raw[..., 0],
-        "phase": lambda: phase,
-        "position": lambda: position,
-    }
-    out = np.empty((*raw.shape[:-1], len(names)), np.float32)
-    for column, name in enumerate(names):
-        out[..., column] = columns[name]()
-    return out
+
+def no_lap(part: str) -> None:
+    """Where nobody measures."""
 
 
 class TraceWindow:
@@ -122,35 +148,58 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
 class Signals:
     """What a strategy may ask of one row at one layer. Computed on demand: not asking costs nothing."""
 
-    __slots__ = ("_raw", "cap", "layer", "logits", "n_layers", "phase", "position", "trace")
+    __slots__ = ("_log_p", "_tokens", "_top", "cap", "lap", "layer", "logits", "n_layers", "phase", "position", "trace")
 
-    def __init__(self, logits: Tensor, layer: int, n_layers: int, phase: int, position: int, cap: int, trace: float):
+    def __init__(
+        self,
+        logits: Tensor,
+        layer: int,
+        n_layers: int,
+        phase: int,
+        position: int,
+        cap: int,
+        trace: float,
+        lap: Callable[[str], None] = no_lap,
+    ):
         self.logits = logits  # (V,)
         self.layer, self.n_layers = layer, n_layers
         self.phase = phase  # 1 walking for the round's first draft, 2 afterwards
         self.position, self.cap = position, cap  # drafts made so far this round, and the most there can be
         self.trace = trace
-        self._raw: np.ndarray | None = None
+        self.lap = lap  # the profile's stopwatch
+        self._top: list[float] | None = None
 
     @property
-    def raw(self) -> np.ndarray:
-        """(RAW,) of the logits' type."""
-        if self._raw is None:
-            self._raw = raw_signals(self.logits.unsqueeze(0))[0].cpu().numpy()
-        return self._raw
+    def top(self) -> list[float]:
+        """The TOP largest log-probabilities, descending."""
+        if self._top is None:
+            self.lap("policy")
+            self._log_p = log_probabilities(self.logits)
+            top, tokens = self._log_p.topk(min(TOP, len(self._log_p)))
+            self._top, self._tokens = top.tolist(), tokens
+            self._top += [LOG_FLOOR] * (TOP - len(self._top))
+            self.lap("signals")
+        return self._top
+
+    @property
+    def best(self) -> int:
+        """The most probable token."""
+        return int(self._tokens[0] if self._top is not None else self.logits.argmax())
 
     @property
     def top1(self) -> float:
         """Probability of the most probable token, at temperature 1."""
-        return math.exp(self.raw[0])
+        return math.exp(self.top[0])
+
+    def inputs(self, names: Sequence[str]) -> np.ndarray:
+        """(INPUTS,) float32: what `feature_matrix(names)` takes. The entropy is 0 unless `names` asks for it."""
+        top, spread = self.top, 0.0
+        if "entropy" in names:
+            spread = entropy(self._log_p).item()
+            self.lap("signals")
+        context = (self.trace, self.layer / self.n_layers, self.phase, self.position / self.cap)
+        return np.array((*top, spread, *context), np.float32)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
-        return compute_features(
-            names,
-            self.raw,
-            layer=self.layer / self.n_layers,
-            trace=self.trace,
-            phase=float(self.phase),
-            position=self.position / self.cap,
-        )
+        return self.inputs(names) @ feature_matrix(names)

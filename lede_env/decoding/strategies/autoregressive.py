@@ -17,5 +17,5 @@ class Autoregressive(Strategy):
 
     name = "autoregressive"
 
-    def start(self, lm) -> Control:
+    def start(self, lm, seed) -> Control:
         return _NoDrafts()

@@ -9,18 +9,21 @@ from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.engine.signals import Signals
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lede_env.engine.layered_lm import LayeredLM
 
 
 class Control:
     """The state of one strategy on one row. The decoder asks it, in this order, for every draft of a round:
 
-    `path` once, `leave` at every layer of the path but the last, then, unless the draft is an EOS or the round is
-    full, `keep_drafting`; after verification, `learn`. Losslessness needs no care here: `leave` is asked before the
-    layer's token is drawn, and a drawn token is always verified.
+    `path` once, `leave` at every layer of the path but the last, `drew`, then, unless the draft is an EOS or the
+    round is full, `keep_drafting`; after verification, `study` (with `taps`) and `learn`. Losslessness needs no care
+    here: `leave` is asked before the layer's token is drawn, and a drawn token is always verified.
     """
 
     cap: int = DRAFT_CAP  # most drafts a round
+    taps: tuple[int, ...] = ()  # layers whose states `study` wants to see
 
     def path(self, round_: Round) -> tuple[int, ...]:
         """Layers at which the next draft may leave, ascending; at the last it does."""
@@ -34,8 +37,19 @@ class Control:
         """Whether to make another draft after `round_.drafts[-1]`, drawn from the distribution of `signals`."""
         raise NotImplementedError
 
+    def drew(self, signals: Signals, round_: Round) -> None:
+        """See that `round_.drafts[-1]` was drawn from the distribution of `signals`."""
+
+    def study(self, states: Tensor, lm: LayeredLM) -> int:
+        """See the (taps, n, H) states of n verified positions leaving each tapped layer: the end of the prompt, then
+        those of each round up to and including the first miss. Returns how many states went through the head."""
+        raise NotImplementedError
+
     def learn(self, round_: Round) -> None:
         """See a verified round. Rounds that the token budget cut short are not shown."""
+
+    def carry(self, earlier: Control) -> None:
+        """Go on from what a Control of the same strategy learned on an earlier prompt. By default nothing is kept."""
 
 
 class Strategy(ABC):
@@ -45,5 +59,8 @@ class Strategy(ABC):
     needs_trace: bool = False  # whether its signals read the `trace` feature
 
     @abstractmethod
-    def start(self, lm: LayeredLM) -> Control:
-        """A fresh Control for one row of `lm`; raises LedeError when the strategy does not fit the model."""
+    def start(self, lm: LayeredLM, seed: int) -> Control:
+        """A fresh Control for one row of `lm`; raises LedeError when the strategy does not fit the model.
+
+        `seed` is for coins of its own, apart from those that draw tokens.
+        """

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lede_env.decoding.strategies.base import Control, Strategy
-from lede_env.engine.round import DRAFT_CAP
-from lede_env.errors import LedeError
+from lede_env.engine.round import check_speculation
 
 
 class _Fixed(Control):
@@ -29,9 +28,8 @@ class LayerSkip(Strategy):
     name = "layerskip"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.speculation <= DRAFT_CAP:
-            raise LedeError(f"speculation={self.speculation} is out of range: a round drafts 1 to {DRAFT_CAP} tokens")
+        check_speculation(self.speculation)
 
-    def start(self, lm) -> Control:
+    def start(self, lm, seed) -> Control:
         lm.check_exit_layer(self.exit_layer)
         return _Fixed(self.exit_layer, self.speculation)

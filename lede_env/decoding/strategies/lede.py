@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lede_env.decoding.strategies.base import Control, Strategy
+from lede_env.engine.acceptance import Draws, derive_seed
+from lede_env.engine.round import check_speculation
 from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.errors import LedeError
-from lede_env.policies import ExitPolicy, check_compatible, load_policy
+from lede_env.policies import ExitPolicy, MLPPolicy, check_compatible, load_policy
 
 
 class _DualControl(Control):
@@ -19,39 +21,60 @@ class _DualControl(Control):
     | 2, draft | verify all drafts | draft on |
     """
 
-    def __init__(self, policy: ExitPolicy, candidates: tuple[int, ...]):
-        self.policy, self.candidates = policy, candidates
+    def __init__(self, policy: ExitPolicy, layers: tuple[int, ...], speculation: int | None, coins: Draws):
+        self.policy, self.layers, self.speculation, self.coins = policy, layers, speculation, coins
         self.left_by_choice = False
 
     def _exit(self, signals, round_) -> bool:
         round_.decisions += 1
+        if isinstance(self.policy, MLPPolicy):
+            return self.policy.advantage(signals.inputs(self.policy.features)) > 0.0
         observation = signals.features(self.policy.features)[None]  # (1, F)
-        return float(self.policy.exit_probability(observation)[0]) >= 0.5
+        probability = float(self.policy.exit_probability(observation)[0])
+        # A coin of its own, known before the token is drawn: a random policy stays lossless.
+        return probability >= 1.0 or (probability > 0.0 and self.coins.next() < probability)
 
     def path(self, round_):
         self.left_by_choice = False
-        return self.candidates if not round_.drafts else (round_.exits[0],)
+        return self.layers if not round_.drafts else (round_.exits[0],)
 
     def leave(self, signals, round_):
         self.left_by_choice = self._exit(signals, round_)
         return self.left_by_choice
 
     def keep_drafting(self, signals, round_):
+        if self.speculation is not None:
+            return len(round_.drafts) < self.speculation
         return self.left_by_choice or self._exit(signals, round_)
 
 
 @dataclass(frozen=True, eq=False)
 class Lede(Strategy):
-    """The policy given, or the one that ships with the model."""
+    """The policy given, or the one that ships with the model.
+
+    The ablations of the paper's Table 3 fix one of the two controls: `exit_layer` ("w/o dynamic exit") or
+    `speculation`, the draft length ("w/o adaptive drafting").
+    """
 
     policy: ExitPolicy | None = None
+    exit_layer: int | None = None
+    speculation: int | None = None
     name = "lede"
+
+    def __post_init__(self) -> None:
+        if self.policy is not None and not hasattr(self.policy, "exit_probability"):
+            raise LedeError(
+                f"Lede takes a policy, got {self.policy!r}; load one with lede_env.load_policy(PATH), or leave it out "
+                "for the one that ships with the model"
+            )
+        if self.speculation is not None:
+            check_speculation(self.speculation)
 
     @property
     def needs_trace(self) -> bool:  # type: ignore[override]
         return self.policy is None or "trace" in self.policy.features
 
-    def start(self, lm) -> Control:
+    def start(self, lm, seed) -> Control:
         policy = self.policy
         if policy is None:
             if lm.weights != "embedded":
@@ -60,5 +83,10 @@ class Lede(Strategy):
         made_for = getattr(policy, "n_layers", lm.n_layers)  # of those that read the layer number off a share of L
         if made_for != lm.n_layers:
             raise LedeError(f"the policy was made for {made_for} layers, but {lm.name} has {lm.n_layers}")
-        check_compatible(policy, lm.fingerprint, lm.candidate_layers, DRAFT_FEATURES, "draft")
-        return _DualControl(policy, lm.candidate_layers)
+        # A trained policy brings the candidates it was trained with.
+        candidates = policy.candidate_layers if isinstance(policy, MLPPolicy) else lm.candidate_layers
+        check_compatible(policy, lm.fingerprint, candidates, DRAFT_FEATURES, "draft")
+        layers = candidates if self.exit_layer is None else (self.exit_layer,)
+        for layer in layers:
+            lm.check_exit_layer(layer)
+        return _DualControl(policy, layers, self.speculation, Draws(derive_seed(seed, 0, 1)))
