@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test browser lint bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# The report page in Chromium (`apt-get install chromium`); `make test` skips this where there is none.
+browser: $(STAMP)
+	LEDE_REQUIRE_BROWSER=1 $(PY) -m pytest -m browser
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

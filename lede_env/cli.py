@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -20,7 +20,13 @@ from rich.progress import (
 from rich.table import Table
 from tyro.conf import Positional
 
+from lede_env.display.terminal import show_stream, summary
 from lede_env.errors import LedeError
+from lede_env.tasks import check_text
+
+if TYPE_CHECKING:
+    from lede_env.decoding.strategies import Strategy
+    from lede_env.engine.layered_lm import LayeredLM
 
 app = tyro.extras.SubcommandApp()
 console = Console()
@@ -73,13 +79,15 @@ def generate(
     stop: tuple[str, ...] = (),
     device: str = "auto",
     dtype: str | None = None,
+    compare: bool = False,
+    report: Path | None = None,
 ) -> None:
-    """Continue a prompt, streaming the text, then print the figures.
+    """Continue a prompt, streaming the text coloured by how each token came about, then print the figures.
 
     Args:
         prompt: the text to continue.
         model: zoo name, hub id or local folder.
-        strategy: autoregressive, layerskip:EXIT_LAYER,SPECULATION or lede.
+        strategy: one of those that --compare lists, its numbers after a colon, as in layerskip:4,5.
         policy: folder of the exit policy for lede; by default the one that ships with the model.
         max_new_tokens: most tokens to produce.
         temperature: 0 is greedy.
@@ -89,34 +97,56 @@ def generate(
         stop: strings that end the text.
         device: auto, cpu, cuda or cuda:N.
         dtype: float32, bfloat16, float16 or float64.
+        compare: run every strategy on the prompt and print a table instead of the text.
+        report: also write one self-contained HTML page that explains the text token by token.
     """
-    import time
-
     from lede_env.decoding.generate import stream
     from lede_env.decoding.strategies import parse_strategy
     from lede_env.engine.round import Counts
     from lede_env.models.loading import load_model
 
+    if compare and report is not None:
+        raise LedeError("--compare prints a table and --report shows one strategy; ask for one of them")
+    if report is not None:
+        from lede_env.display.report import check_report_path, write_report
+
+        check_report_path(report)
     chosen = parse_strategy(strategy, policy)
     lm = load_model(model, device=device, dtype=dtype)
-    counts, begin = Counts(), time.perf_counter()
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
-    for piece in stream(lm, prompt, strategy=chosen, max_new_tokens=max_new_tokens, **options):
-        console.out(printable(piece.text), end="", highlight=False)
-        if piece.round is not None:
-            counts.add(piece.round, lm.n_layers)
-    seconds = time.perf_counter() - begin
-    console.out("")
-    console.print(
-        f"[dim]{lm.name} ({lm.weights}), {chosen.name}: {counts.emitted} tokens in {seconds:.2f} s "
-        f"({counts.emitted / seconds:.1f} tokens/s), E {counts.E:.2f}, d {counts.d:.2f}, "
-        f"acceptance {counts.acceptance:.3f}, {counts.tokens_per_round:.2f} tokens a round[/dim]"
-    )
+    options["max_new_tokens"] = max_new_tokens
+    if compare:
+        compare_strategies(lm, prompt, chosen, options)
+        return
+    counts = Counts()
+    seconds = show_stream(console, lm, stream(lm, prompt, strategy=chosen, **options), counts)
+    line = summary(lm, chosen.name, counts, seconds)
+    console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    if report is not None:
+        write_report(report, lm, prompt, chosen, **options)
+        console.print(f"wrote {report}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """Model output for a terminal: control codes other than line breaks and tabs are dropped."""
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == " "))
+def compare_strategies(lm: LayeredLM, prompt: str, chosen: Strategy, options: dict[str, Any]) -> None:
+    """`lede generate --compare`: race every strategy and print the table."""
+    from lede_env.display.compare import REPEATS, comparison_table, contestants, race
+
+    strategies, unable = contestants(lm, chosen)
+    with progress_bar() as bar:
+        task = bar.add_task("comparing", total=None)
+        results = race(
+            lm, prompt, strategies, options, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    greedy = options["temperature"] == 0
+    console.print(comparison_table(results, strategies, greedy))
+    notes = [f"{lm.name} ({lm.weights}), on {lm.device}: median of {REPEATS} interleaved runs after a warm-up"]
+    if not greedy:
+        notes.append("sampled texts are equal in distribution, not word for word")
+    elif lm.dtype.itemsize < 4:
+        notes.append(f"greedy texts are equal token for token in float32; {lm.dtype} rounds")
+    notes += [f"{name} left out: {reason}" for name, reason in unable.items()]
+    for line in notes:
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -140,7 +170,7 @@ def record(
     Args:
         env: environment id; see `lede envs`.
         policy: random, static:LAYER, or the folder of a trained policy.
-        episodes: episodes the file shall hold in the end.
+        episodes: episodes the file shall hold in the end; one that holds more is left as it is.
         out: the HDF5 file.
         seed: of the run: prompts, draws and coins.
         resume: go on with a file that a killed or shorter run left.
@@ -165,7 +195,7 @@ def record(
     actor = parse_policy(policy, lm.n_layers, layers)
     with progress_bar() as bar:
         task_id = bar.add_task(f"recording {policy} on {env}", total=episodes)
-        rows = record_episodes(
+        held, rows = record_episodes(
             env,
             actor,
             episodes,
@@ -174,10 +204,10 @@ def record(
             resume=resume,
             num_envs=num_envs,
             policy_name=policy,
-            progress=lambda done: bar.update(task_id, completed=done),
+            progress=lambda done: bar.update(task_id, completed=done, total=max(done, episodes)),
             **overrides,
         )
-    console.print(f"{out}: {episodes} episodes, {rows} transitions")
+    console.print(f"{out}: {held} episodes, {rows} transitions", markup=False)
 
 
 @app.command
@@ -208,6 +238,8 @@ def doctor() -> None:
 def main() -> None:
     """Entry point: bad input ends with one clear line and exit status 2."""
     try:
+        for argument in sys.argv[1:]:
+            check_text(argument, f"the argument {argument!r}")
         app.cli(
             prog="lede",
             description="Exit control in self-speculative decoding: environments, data, decoding.",

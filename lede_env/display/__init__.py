@@ -1,0 +1,1 @@
+"""What a person sees of a generation: coloured text in a terminal, a comparison, a report page."""
