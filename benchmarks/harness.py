@@ -20,7 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lede_env.cli import progress_bar
-from lede_env.engine.acceptance import Sampling
+from lede_env.decoding.generate import Generation, generate
+from lede_env.decoding.strategies import Strategy
+from lede_env.engine.acceptance import Sampling, derive_seed
+from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import Counts
 from lede_env.envs.backends import LiveBackend
@@ -88,6 +91,19 @@ def repeated_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
     return seen / total if total else 0.0
 
 
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float | None]:
+    """ROUGE-L (F1, no stemming) of each text by rouge-score; None where there is no reference, or no rouge-score."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return [None] * len(texts)
+    scorer = RougeScorer(["rougeL"])
+    return [
+        scorer.score(reference, text)["rougeL"].fmeasure if reference.strip() else None
+        for text, reference in zip(texts, references, strict=True)
+    ]
+
+
 def speedup_interval(
     baseline: Timing, method: Timing, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -95,7 +111,12 @@ def speedup_interval(
     prompts = sorted(baseline.seconds)
     a = np.array([[statistics.median(t.seconds[p]), len(t.tokens[p])] for t in (baseline,) for p in prompts])
     b = np.array([[statistics.median(t.seconds[p]), len(t.tokens[p])] for t in (method,) for p in prompts])
-    pick = np.random.default_rng(seed).integers(len(prompts), size=(samples, len(prompts)))
+    return ratio_interval(a, b, samples, seed)
+
+
+def ratio_interval(a: np.ndarray, b: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """How many times faster b is than a, from their (N, 2) time and tokens a prompt; 95 % paired bootstrap interval."""
+    pick = np.random.default_rng(seed).integers(len(a), size=(samples, len(a)))
 
     def ratio(index: np.ndarray) -> np.ndarray:
         rate_a = a[index, 1].sum(-1) / a[index, 0].sum(-1)
@@ -103,15 +124,50 @@ def speedup_interval(
         return rate_b / rate_a
 
     low, high = np.quantile(ratio(pick), [0.025, 0.975])
-    return float(ratio(np.arange(len(prompts)))), float(low), float(high)
+    return float(ratio(np.arange(len(a)))), float(low), float(high)
 
 
-# A method decodes one prompt's token ids: returns new tokens, and its counts if it has rounds.
-Method = Callable[[list[int]], tuple[list[int], Counts | None]]
+# A method decodes one prompt (its token ids, or whatever else it takes for a prompt): returns new tokens, and its
+# counts if it has rounds.
+Method = Callable[[Any], tuple[list[int], Counts | None]]
+
+
+class Player:
+    """A strategy as a method to time, on (index, token ids) in the order of the indices.
+
+    What the strategy learned on one prompt goes on to the next. Every prompt draws from its own seed, so that a
+    repeat gives the same text. `outs` holds the newest generation of each prompt.
+    """
+
+    def __init__(self, lm: LayeredLM, strategy: Strategy, max_new_tokens: int, temperature: float, seed: int):
+        self.lm, self.strategy, self.seed = lm, strategy, seed
+        self.options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, temperature=temperature)
+        self.outs: dict[int, Generation] = {}
+
+    def __call__(self, prompt: tuple[int, list[int]]) -> tuple[list[int], Counts]:
+        out = self.play(prompt)
+        self.outs[prompt[0]] = out
+        return out.token_ids, out.counts
+
+    def play(self, prompt: tuple[int, list[int]], profile: bool = False) -> Generation:
+        index, ids = prompt
+        return generate(
+            self.lm,
+            ids,
+            strategy=self.strategy,
+            seed=derive_seed(self.seed, index),
+            carry_over=self.outs.get(index - 1),
+            profile=profile,
+            **self.options,
+        )
+
+    def cost(self, index: int, costs: CostModel) -> float:
+        """Modelled cost of a prompt's newest generation, in autoregressive steps; prefill is not in it."""
+        return sum(costs.of(round_) for round_ in self.outs[index].rounds)
 
 
 def time_methods(
-    methods: dict[str, Method], prompts: list[list[int]], repeats: int, console: Console, synchronise: bool = False
+    methods: dict[str, Method], prompts: Sequence[Any], repeats: int, console: Console, synchronise: bool = False
 ) -> dict[str, Timing]:
     """Every method on every prompt, in turn prompt by prompt so that drift hits all alike, after a warm-up."""
     timings = {name: Timing() for name in methods}
@@ -136,17 +192,26 @@ def time_methods(
 
 
 def acceptance_table(
-    lm: LayeredLM, prompts: list[Prompt], max_new_tokens: int, layers: Sequence[int], console: Console
+    lm: LayeredLM,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    layers: Sequence[int],
+    console: Console,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> dict[int, list[np.ndarray]]:
-    """Greedy texts of the prompts, and at each layer which of their tokens a draft there would have got right."""
+    """Texts of the prompts, and at each layer which of their tokens a draft there would have got right.
+
+    At a temperature above 0 a draft is right where speculative sampling would have accepted it (the coupling).
+    """
     lanes = min(16, len(prompts))
     accepted: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    backend = LiveBackend(lm, prompts, lanes, max_new_tokens, Sampling(), tuple(layers), ("entropy",))
+    backend = LiveBackend(lm, prompts, lanes, max_new_tokens, Sampling(temperature), tuple(layers), ("entropy",))
     with progress_bar(console) as bar:
         for begin in bar.track(range(0, len(prompts), lanes), description="acceptance on validation prompts"):
             batch = range(begin, min(begin + lanes, len(prompts)))
             for lane, prompt in enumerate(batch):
-                backend.start(lane, prompt, 0)
+                backend.start(lane, prompt, derive_seed(seed, prompt))
             for lane, _ in enumerate(batch):
                 rows = _rows(backend, lane, max_new_tokens)
                 for column, layer in enumerate(layers):
@@ -167,20 +232,32 @@ def _rows(backend: LiveBackend, lane: int, max_new_tokens: int) -> slice:
 def write_results(folder: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """NAME.csv for programs, NAME.md for people, NAME.json with both the rows and what they came from."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    write_csv(folder / f"{name}.csv", rows)
+    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    facts = [f"- {key}: {value}" for key, value in about.items()]
+    (folder / f"{name}.md").write_text("\n".join([*markdown_table(rows), "", *facts]) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns_of(rows))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
+    columns = columns_of(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(shown(row.get(column, "")) for column in columns) + " |" for row in rows]
-    facts = [f"- {key}: {value}" for key, value in about.items()]
-    (folder / f"{name}.md").write_text("\n".join([*lines, "", *facts]) + "\n")
+    return lines + ["| " + " | ".join(shown(row.get(column, "")) for column in columns) + " |" for row in rows]
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Every key of any row, in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def print_table(title: str, rows: list[dict[str, Any]], console: Console) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(rows)
     table = Table(title=title)
     for column in columns:
         text = isinstance(rows[0].get(column), str)

@@ -1,0 +1,247 @@
+"""The programs behind the paper's tables and Figure 2: what their rows promise, on a run of seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from benchmarks import learning_dynamics, paper_tables
+from benchmarks.harness import rouge_l
+from benchmarks.paper_cells import cells, paper_cell
+from benchmarks.paper_report import UNLIKE
+from benchmarks.paper_tables import Args, task_name, task_sources
+from benchmarks.tuning import GRIDS, MACHINE, Bench, Trial, score, score_static, search
+from lede_env import DraftVerify, LayerSkip, LedeError, generate, load_policy, load_prompts
+from lede_env.decoding.strategies import STRATEGIES
+from lede_env.engine.cost_model import load_cost_model
+
+METHODS = ("autoregressive", "layerskip", "draft_verify", "lede")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """A run of two tasks, one of them a file that names no splits."""
+    folder = tmp_path_factory.mktemp("paper_tables")
+    snips = folder / "snips_parse.jsonl"
+    rows = [
+        {
+            "id": f"snips/{i}",
+            "task": "parse",
+            "prompt": f"### Utterance:\nplay song {i}\n\n### Parse:\n",
+            "reference": "x",
+        }
+        for i in range(20)
+    ]
+    snips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Args(
+        tasks=("lm", str(snips)),
+        methods=METHODS,
+        ablation=True,
+        max_new_tokens=8,
+        prompts=2,
+        validation_prompts=1,
+        repeats=1,
+        finalists=1,
+        machine_costs="tiny-cpu",
+        cost_models=("tiny-cpu",),
+        device="cpu",
+        threads=1,
+        out=folder / "results",
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(arguments):
+    return paper_tables.main(arguments)
+
+
+@pytest.fixture
+def bench(tiny):
+    def make(temperature=0.0):
+        costs = {MACHINE: load_cost_model("tiny-cpu")}
+        return Bench(tiny, load_policy("tiny"), 8, temperature, 0, costs, Console(quiet=True))
+
+    return make
+
+
+def stored(arguments):
+    return json.loads((arguments.out / "paper_tables-tiny-ablation.json").read_text())
+
+
+def test_a_row_for_every_method_task_and_cost_model(rows):
+    found = [(row["task"], row["tuned for"], row["method"]) for row in rows]
+    names = [
+        "Autoregressive",
+        "LayerSkip",
+        "DraftVerify",
+        "LEDE",
+        "LEDE w/o dynamic exit",
+        "LEDE w/o adaptive drafting",
+    ]
+    tasks = ("lm", "SNIPS", "all tasks")
+    assert found == [(task, costs, name) for task in tasks for costs in (MACHINE, "tiny-cpu") for name in names]
+
+
+def test_lossless_and_relative_to_the_baselines(rows, tiny):
+    for row in rows:
+        assert row.get(UNLIKE, 0) == 0
+        ones = {"Autoregressive": "speedup", "LayerSkip": "over static", "LEDE": "LEDE over it"}
+        if row["method"] in ones:
+            assert row[ones[row["method"]]] == pytest.approx(1)
+        if row["method"] == "Autoregressive":
+            assert row["modelled"] == pytest.approx(1)
+        else:
+            assert min(tiny.candidate_layers) <= row["E"] <= max(tiny.candidate_layers)
+
+
+def test_test_prompts_are_not_tuned_on(rows, arguments):
+    for record in stored(arguments)["tasks"].values():
+        assert len(record["test_ids"]) == 2 and len(record["validation_ids"]) == 1
+        assert not set(record["test_ids"]) & set(record["validation_ids"])
+
+
+def test_static_settings_cover_every_candidate_and_length(rows, arguments, tiny):
+    for record in stored(arguments)["tasks"].values():
+        tried = {trial["setting"] for trial in record["tried"] if trial["method"] == "layerskip"}
+        assert tried == {f"e={e} d={d}" for e in tiny.candidate_layers for d in range(1, 13)}
+
+
+def test_snips_is_called_snips_and_has_no_cells_of_the_paper(rows, arguments):
+    for row in rows:
+        assert ("paper" in row) <= (row["task"] != "SNIPS")
+    for suffix in ("csv", "md"):
+        text = (arguments.out / f"paper_tables-tiny-ablation.{suffix}").read_text()
+        assert "SNIPS" in text and "topv2" not in text.lower()
+
+
+def test_cells_say_whose_they_are(rows):
+    lede = next(row for row in rows if (row["task"], row["method"]) == ("lm", "LEDE"))
+    assert lede["paper"] == "the paper's Llama3.2-1B on cnn_dm_lm, T = 0.6" and lede["paper: E"] == 4.62
+    ablated = next(row for row in rows if (row["task"], row["method"]) == ("all tasks", "LEDE w/o dynamic exit"))
+    assert ablated["paper: speedup"] == 1.99
+
+
+def test_finished_tasks_are_not_run_again(rows, arguments, monkeypatch):
+    def never(*_):
+        raise AssertionError("a finished task ran again")
+
+    monkeypatch.setattr(paper_tables, "run_task", never)
+    assert str(paper_tables.main(arguments)) == str(rows)  # as text: NaN is not itself
+
+
+def test_other_settings_do_not_mix(rows, arguments):
+    with pytest.raises(LedeError, match=r"prompts=2, now 3; give another --out"):
+        paper_tables.main(paper_tables.replace(arguments, prompts=3))
+
+
+def test_acceptance_scores_a_static_setting_as_decoding_it_does(bench):
+    bench, prompts = bench(), load_prompts("code", "validation")[:2]
+    tables, decoded = ([Trial(LayerSkip(3, d)) for d in (2, 12)] for _ in range(2))
+    score_static(bench, tables, prompts)
+    score(bench, decoded, prompts)
+    for one, other in zip(tables, decoded, strict=True):
+        assert one.modelled[MACHINE] == pytest.approx(other.modelled[MACHINE])
+
+
+def test_the_best_few_settings_are_timed_when_sampling_too(bench):
+    prompts = load_prompts("lm", "validation")[:1]
+    trials = search(bench(0.6), ["autoregressive", "layerskip"], prompts, finalists=2, repeats=1)
+    assert sum(trial.tokens_per_second is not None for trial in trials["layerskip"]) == 2
+    assert all(trial.modelled[MACHINE] > 0 for trial in trials["layerskip"])
+
+
+def test_what_a_method_learns_goes_on_in_prompt_order(bench):
+    bench = bench()
+    prompts, _ = bench.tokens(load_prompts("lm", "validation")[:2])
+    player = bench.player(DraftVerify(3))
+    texts = [[player(prompt)[0] for prompt in prompts] for _ in range(2)]
+    assert texts[0] == texts[1]
+    first = generate(bench.lm, prompts[0][1], strategy=DraftVerify(3), max_new_tokens=8)
+    second = generate(bench.lm, prompts[1][1], strategy=DraftVerify(3), max_new_tokens=8, carry_over=first)
+    assert second.control.threshold == player.outs[1].control.threshold != first.control.threshold
+
+
+def test_every_strategy_has_settings_to_try():
+    assert set(GRIDS) == set(STRATEGIES) - {"oracle"}
+
+
+def test_prompts_that_do_not_fit_are_cut_and_counted(bench):
+    bench, (prompt,) = bench(), load_prompts("lm", "validation")[:1]
+    long = paper_tables.replace(prompt, text=prompt.text * 200)
+    encoded, cut = bench.tokens([prompt, long])
+    assert cut == 1 and len(encoded[1][1]) + 8 < bench.lm.geometry.context
+
+
+@pytest.mark.parametrize(
+    "model, task, method, expected",
+    [
+        ("llama2-7b", "lm", "LEDE", ("Llama2-7B", 7.05)),
+        ("facebook/layerskip-llama2-13B", "instruction", "Lite", ("Llama2-13B", 25.0)),
+        ("tiny", "code", "DraftVerify", ("CodeLlama-7B", 8.0)),
+        ("tiny", "topv2", "LEDE", ("Llama3.2-1B", 6.88)),
+    ],
+)
+def test_cells_match_model_task_and_method(model, task, method, expected):
+    cell = paper_cell(model, task, method)
+    assert expected[0] in cell["paper"] and cell["E"] == expected[1]
+
+
+@pytest.mark.parametrize("task, method", [("SNIPS", "LEDE"), ("parse", "LEDE"), ("lm", "FiniteStateMachine")])
+def test_no_cell_where_the_paper_has_none(task, method):
+    assert paper_cell("tiny", task, method) == {}
+
+
+def test_cells_the_paper_garbled_are_missing():
+    assert cells()["Llama2-7B", "topv2", "LITE"] == {"E": 18.0, "rouge_l": 0.094}
+
+
+def test_task_names():
+    assert [task_name(source) for source in ("code", "a/snips_parse.jsonl", "a/humaneval.jsonl", "hub:topv2")] == [
+        "code", "SNIPS", "humaneval", "topv2",
+    ]  # fmt: skip
+    assert list(task_sources(("all",))) == ["code", "lm", "summarization", "instruction", "parse"]
+    with pytest.raises(LedeError, match="both called 'lm'"):
+        task_sources(("lm,elsewhere/lm.jsonl",))
+
+
+def test_unusable_arguments_are_refused():
+    with pytest.raises(LedeError, match="repeats=0"):
+        Args(repeats=0)
+    with pytest.raises(LedeError, match="'medusa' is unknown"):
+        Args(methods=("medusa",))
+    with pytest.raises(LedeError, match="add lede"):
+        Args(methods=("fsm",), ablation=True)
+
+
+def test_rouge_l():
+    pytest.importorskip("rouge_score")
+    scores = rouge_l(["the cat sat", "a dog", "x"], ["the cat sat", "the cat", ""])
+    assert scores == [1.0, 0.0, None]
+
+
+def history(path, phase):
+    columns = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for i in range(30):
+            row = {"episode": i, "phase": "explore" if i < 20 else "online", "updates": i}
+            curves = {"tokens": 8, "return": float(i), "acceptance": 0.5, "exit_layer": 4.0}
+            writer.writerow({**row, **curves} if phase is None else {**row, "phase": phase, "loss": 0.1})
+
+
+def test_figure_2_from_a_run(tmp_path):
+    history(tmp_path / "history.csv", None)
+    learning_dynamics.main(learning_dynamics.Args(run=tmp_path, out=tmp_path / "figure"))
+    assert (tmp_path / "figure" / "learning_dynamics.png").stat().st_size > 10_000
+    rows = json.loads((tmp_path / "figure" / "learning_dynamics.json").read_text())["rows"]
+    assert [row["return"] for row in rows] == [9.5, 24.5, 24.5]
+
+
+def test_figure_2_needs_episodes(tmp_path):
+    history(tmp_path / "history.csv", "offline")
+    with pytest.raises(LedeError, match="holds no episodes"):
+        learning_dynamics.main(learning_dynamics.Args(run=tmp_path, out=tmp_path))
