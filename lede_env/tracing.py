@@ -22,6 +22,7 @@ from lede_env.digest import digest
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
 from lede_env.engine.kv_cache import KVCache, Span
 from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.lookup import Lookup
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.signals import RAW, raw_signals
 from lede_env.envs.backends import LiveBackend
@@ -100,8 +101,10 @@ class _Recorder(LiveBackend):
         candidate_layers: tuple[int, ...],
     ):
         super().__init__(lm, prompts, lanes, max_new_tokens, sampling, candidate_layers, features=())
+        self.looks_up = True
         size, n = self.accepted.shape
         self.raw = np.zeros((size, n, RAW), np.float32)
+        self.match = np.zeros(size, np.float32)
         self.neg_log_p_max = np.zeros(size, np.float32)
         self.accept_probability = np.zeros((size, n), np.float32)
         self.layer_calls = 0  # layers times tokens
@@ -132,6 +135,7 @@ class _Recorder(LiveBackend):
 
     def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Tensor | list[int]) -> None:
         row = self.base[lane] + self.known[lane]
+        self.match[row] = self._match[lane]
         super()._store(lane, raw, neg_log_p_max, outcome)
         self.raw[row], self.neg_log_p_max[row] = raw, neg_log_p_max
         self.accept_probability[row] = self.accepted[row] if self._chance is None else self._chance.cpu()
@@ -147,7 +151,7 @@ class _Recorder(LiveBackend):
     def _finished(self, lane: int, seed: int) -> dict[str, np.ndarray]:
         """The arrays of a lane's text, and the branches from its wrong drafts, before the lane is used again."""
         rows = slice(self.base[lane], self.base[lane] + self.known[lane])
-        names = ("targets", "neg_log_p_max", "raw", "drafts", "accept_probability", "accepted")
+        names = ("targets", "neg_log_p_max", "raw", "match", "drafts", "accept_probability", "accepted")
         text = {name: getattr(self, name)[rows].copy() for name in names}
         room = np.minimum(DRAFT_CAP - 1, self.positions - 1 - np.arange(self.known[lane]))  # tokens a branch may have
         wrong = ~text["accepted"] & ~np.isin(text["drafts"], self.lm.eos_ids) & (room > 0)[:, None]
@@ -164,7 +168,9 @@ class _Recorder(LiveBackend):
             ],
         )
         self._drafter.load(self.session.cache, lane, prefix)
-        return text | {"wrong": wrong} | self._drafter.draft(roots, prefix)
+        lookup = self._lookup[lane]
+        assert lookup is not None  # `looks_up`
+        return text | {"wrong": wrong} | self._drafter.draft(roots, prefix, lookup)
 
 
 @dataclass(frozen=True)
@@ -213,23 +219,35 @@ class _BranchDrafter:
             self.cache.keys[layer][0, :prefix] = source.keys[layer][row, :prefix]
             self.cache.values[layer][0, :prefix] = source.values[layer][row, :prefix]
 
-    def draft(self, roots: _Roots, prefix: int) -> dict[str, np.ndarray]:
-        """Branches of all roots: `branch_lengths` (B,), `branch_tokens` (M,) and `branch_raw` (M, RAW)."""
+    def draft(self, roots: _Roots, prefix: int, lookup: Lookup) -> dict[str, np.ndarray]:
+        """Branches of all roots: `branch_lengths` (B,), `branch_tokens` and `branch_match` (M,), `branch_raw` (M, RAW).
+
+        `lookup` holds the whole sequence, prompt and text.
+        """
         tokens = np.full((len(roots), DRAFT_CAP - 1), -1, np.int32)
         raw = np.zeros((len(roots), DRAFT_CAP - 1, RAW), np.float32)
+        match = np.zeros((len(roots), DRAFT_CAP - 1), np.float32)
         for begin in range(0, len(roots), TOGETHER):
             part = np.arange(begin, min(begin + TOGETHER, len(roots)))
             part = part[np.argsort(roots.candidate[part], kind="stable")]  # those that go deeper come later
-            tokens[part], raw[part] = self._run(roots.take(part), prefix)
+            tokens[part], raw[part], match[part] = self._run(roots.take(part), prefix, lookup)
         made = tokens >= 0
-        return {"branch_lengths": made.sum(1), "branch_tokens": tokens[made], "branch_raw": raw[made]}
+        return {
+            "branch_lengths": made.sum(1),
+            "branch_tokens": tokens[made],
+            "branch_raw": raw[made],
+            "branch_match": match[made],
+        }
 
     @torch.inference_mode()
-    def _run(self, roots: _Roots, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (B, cap - 1), -1 where a branch has ended, and raw signals (B, cap - 1, RAW), of ascending layers."""
+    def _run(self, roots: _Roots, prefix: int, lookup: Lookup) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (B, cap - 1), -1 where a branch has ended, raw signals (B, cap - 1, RAW) and match (B, cap - 1) of
+        branches in ascending order of their layers."""
         device, n = self.lm.device, len(roots)
         tokens = np.full((n, DRAFT_CAP - 1), -1, np.int32)
         raw = np.zeros((n, DRAFT_CAP - 1, RAW), np.float32)
+        match = np.zeros((n, DRAFT_CAP - 1), np.float32)
+        drafted = [[token] for token in roots.token.tolist()]  # of each branch, the wrong draft included
         draws = [Draws(seed) for seed in roots.seed]
         slot = torch.as_tensor(roots.slot, device=device)  # (B,)
         mask = torch.zeros(n, prefix + int(roots.room.sum()), dtype=torch.bool, device=device)  # (B, slots)
@@ -245,9 +263,14 @@ class _BranchDrafter:
             x = self.lm.embed(torch.as_tensor(pending[active], device=device))
             states = self._exits(x, slot[index] + step, roots.candidate[active], mask[index, :stop], start)
             logits = self.lm.logits(states)  # (Q, V)
-            raw[active, step] = raw_signals(logits).float().cpu().numpy()
+            found = [lookup.guess(drafted[i], start=int(roots.slot[i])) for i in active.tolist()]
+            guesses = torch.tensor([token for token, _ in found], device=device)
+            raw[active, step] = raw_signals(logits, guesses).float().cpu().numpy()
+            match[active, step] = [share for _, share in found]
             tokens[active, step] = pending[active] = self._choose(logits, [draws[i] for i in active.tolist()])
-        return tokens, raw
+            for i in active.tolist():
+                drafted[i].append(int(pending[i]))
+        return tokens, raw, match
 
     def _exits(self, x: Tensor, positions: Tensor, candidate: np.ndarray, mask: Tensor, start: int) -> Tensor:
         """(Q, H) states at layer 0 -> (Q, H) states at each query's own layer; queries in ascending order of it."""

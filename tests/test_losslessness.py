@@ -28,6 +28,7 @@ from lede_env.decoding.strategies import (
     Lite,
     Strategy,
 )
+from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.models.loading import EMBEDDED
 from lede_env.tasks import TASKS
 from tests.small_models import ARCHITECTURES, CoinPolicy, untrained_policy
@@ -259,7 +260,7 @@ class OneEach(Strategy):
     """Row b of a batch runs the b-th of these strategies."""
 
     name = "one-each"
-    needs_trace = True
+    reads = DRAFT_FEATURES
 
     def __init__(self, *strategies):
         self.waiting = list(strategies)

@@ -40,10 +40,13 @@ def test_raw_signals(vocab, scale):
     top = np.full((20, 10), LOG_FLOOR)  # a vocabulary of fewer than ten leaves the rest at the floor
     top[:, : min(vocab, 10)] = -np.sort(-log_p)[:, :10]
     entropy = -(np.exp(log_p) * log_p).sum(-1)
-    found = raw_signals(logits).numpy()
+    guesses = torch.arange(20) % (vocab + 1) - 1  # some are none
+    found = raw_signals(logits, guesses).numpy()
     assert found.shape == (20, RAW)
     np.testing.assert_allclose(found[:, :10], np.maximum(top, LOG_FLOOR), atol=1e-5)
     np.testing.assert_allclose(found[:, 10], entropy, atol=1e-5)
+    below = log_p[np.arange(20), guesses.numpy()] - log_p.max(-1)
+    np.testing.assert_allclose(found[:, 11], np.where(guesses < 0, LOG_FLOOR, np.maximum(below, LOG_FLOOR)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -70,27 +73,33 @@ def test_features_lie_within_their_bounds(logits):
 
 
 def test_features_by_hand():
-    raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5], np.float32)
-    features = compute_features(DRAFT_FEATURES, raw, layer=0.5, trace=0.75, phase=2.0, position=0.25)
+    raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5, -2.5], np.float32)
+    features = compute_features(DRAFT_FEATURES, raw, layer=0.5, trace=0.75, match=0.5, phase=2.0, position=0.25)
     expected = dict(confidence=14.25 / 5, entropy=1.5, trace=0.75, layer=0.5, margin=1.75, top1=0.25)
-    expected |= dict(phase=2.0, position=0.25)
+    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5)
     np.testing.assert_allclose(features, [expected[name] for name in DRAFT_FEATURES], rtol=1e-6)
     chosen = compute_features(("margin", "trace"), raw, layer=0.5, trace=0.75)
     np.testing.assert_allclose(chosen, [1.75, 0.75])
     # Any number of leading axes, with context that broadcasts.
     many = compute_features(EXIT_FEATURES, np.tile(raw, (3, 4, 1)), layer=np.arange(4) / 16, trace=np.zeros((3, 1)))
-    assert many.shape == (3, 4, 6)
+    assert many.shape == (3, 4, 8)
     np.testing.assert_allclose(many[1, :, 3], np.arange(4) / 16)
 
 
 def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
-    signals = Signals(logits, layer=4, n_layers=16, phase=2, position=3, cap=12, trace=0.5)
-    raw = raw_signals(logits[None])[0].numpy()
-    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 2.0, 0.25], rtol=1e-6)
+    signals = Signals(logits, layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25))
+    raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
+    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 0.25, 2.0, 0.25], rtol=1e-5)
+    assert signals.best == int(logits.argmax())
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
-    expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, phase=2.0, position=0.25)
-    np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-6)
+    expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25)
+    np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-5)
+    # What differences of logits give is computed without the softmax, and is the same.
+    cheap = ("margin", "echo", "match", "layer")
+    lazy = Signals(logits, layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25))
+    np.testing.assert_allclose(lazy.features(cheap), [expected[DRAFT_FEATURES.index(n)] for n in cheap], rtol=1e-5)
+    assert lazy._log_p is None
 
 
 def test_trace_window_and_trace_feature_agree():
@@ -126,8 +135,8 @@ def test_feature_sets():
     assert select_features("extended", "draft") == (*EXIT_FEATURES, "phase", "position")
     assert select_features(["top1", "layer"], "exit") == ("top1", "layer")
     low, high = feature_bounds(DRAFT_FEATURES, 97)
-    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 1, 0])
-    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0])
+    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from lede_env.data import trace_file
 from lede_env.data.trace_file import ARRAYS, QUANTUM, Trace, load_trace, relabel
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
+from lede_env.engine.lookup import Lookup
 from lede_env.engine.signals import DRAFT_FEATURES, EXIT_FEATURES, compute_features, raw_signals, trace_feature
 from lede_env.envs.backends import LiveBackend
 from lede_env.envs.trace_backend import TraceBackend, check_model, check_prompts
@@ -88,8 +89,8 @@ def logits_after(lm, session, token, layers):
 
 
 def branch_by_drafting(lm, ids, layer, sampling, seed, room):
-    """Tokens and raw signals of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
-    tokens, raw, draws = [], [], Draws(seed)
+    """Tokens, raw signals and matches of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
+    tokens, raw, matches, draws = [], [], [], Draws(seed)
     with torch.inference_mode():
         session = lm.session(1, len(ids) + room)
         session.prefill(0, ids[:-1])
@@ -98,12 +99,14 @@ def branch_by_drafting(lm, ids, layer, sampling, seed, room):
             session.feed([0], [pending])
             session.advance([0], [layer])
             logits = lm.logits(session.newest([0]))
-            raw.append(raw_signals(logits)[0].numpy())
+            guess, match = Lookup([*ids, *tokens]).guess()
+            raw.append(raw_signals(logits, torch.tensor([guess]))[0].numpy())
+            matches.append(match)
             pending = int(logits.argmax()) if sampling.greedy else draw(sampling.probabilities(logits)[0], draws.next())
             tokens.append(pending)
             if pending in lm.eos_ids:
                 break
-    return tokens, np.array(raw)
+    return tokens, np.array(raw), matches
 
 
 def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
@@ -128,7 +131,9 @@ def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
             assert trace.targets[row] == target and trace.drafts[row].tolist() == drafts
             assert trace.accepted[row].tolist() == [draft == target for draft in drafts]
             np.testing.assert_allclose(trace.accept_probability[row], chance, atol=1e-6)
-            raw = raw_signals(logits).numpy()
+            guess, match = Lookup(ids).guess()
+            raw = raw_signals(logits, torch.full((len(logits),), guess)).numpy()
+            assert trace.match[row] == match
             np.testing.assert_allclose(trace.raw[row], raw[:-1], atol=QUANTUM)
             np.testing.assert_allclose(trace.neg_log_p_max[row], -raw[-1, 0], atol=1e-6)
             assert not (trace.raw[row] / QUANTUM % 1).any()
@@ -149,10 +154,11 @@ def check_branches(lm, trace, text, row, ids):
             assert branch == -1
             continue
         seed = derive_seed(int(trace.text_seeds[text]), position, layer)
-        tokens, raw = branch_by_drafting(lm, [*ids, draft], layer, sampling_of(trace), seed, room)
+        tokens, raw, matches = branch_by_drafting(lm, [*ids, draft], layer, sampling_of(trace), seed, room)
         rows = slice(trace.branch_starts[branch], trace.branch_starts[branch + 1])
         assert trace.branch_tokens[rows].tolist() == tokens
         np.testing.assert_allclose(trace.branch_raw[rows], raw, atol=QUANTUM)
+        assert trace.branch_match[rows].tolist() == matches
         found += 1
     return found
 
@@ -245,7 +251,7 @@ def test_a_trace_without_branches_is_a_trace(tmp_path, lm):
     short = record_trace(lm, PROMPTS[:1], (5,), 1, Sampling(), 0)
     empty = replace(
         short, drafts=short.targets[:, None], accepted=np.ones_like(short.accepted), branch=np.full((2, 1), -1),
-        accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 11)),
+        accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 12)), branch_match=[],
     )  # fmt: skip
     empty.save(tmp_path / "a.h5")
     assert load_trace(tmp_path / "a.h5").digest == empty.digest
@@ -438,8 +444,9 @@ def test_format_is_pinned():
     """A change to the arrays is a new format version."""
     assert trace_file.FORMAT_VERSION == 1 and trace_file.QUANTUM == 2**-15
     assert " ".join(f"{name}:{dtype.str}" for name, dtype in ARRAYS.items()) == (
-        "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 drafts:<i4 accept_probability:<f4 "
-        "accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_raw:<f4"
+        "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 match:<f4 drafts:<i4 "
+        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_raw:<f4 "
+        "branch_match:<f4"
     )
 
 
@@ -481,13 +488,14 @@ def test_tables_are_those_of_the_live_backend(lm, trace):
 
 
 def test_observations_of_every_position_at_once(trace):
-    backend = backend_of(trace, features=DRAFT_FEATURES[:6])
+    backend = backend_of(trace, features=EXIT_FEATURES)
     for begin, end in zip(trace.starts[:-1], trace.starts[1:], strict=True):
         expected = compute_features(
-            DRAFT_FEATURES[:6],
+            EXIT_FEATURES,
             trace.raw[begin:end],
             layer=np.array(LAYERS) / 6,
             trace=trace_feature(trace.neg_log_p_max[begin:end])[:, None],
+            match=trace.match[begin:end, None],
         )
         np.testing.assert_array_equal(backend.observations[begin:end], expected)
     assert backend.accepted is trace.accepted and backend.targets is trace.targets

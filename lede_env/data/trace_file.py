@@ -27,7 +27,7 @@ from lede_env.errors import LedeError
 
 FORMAT = "lede-trace"
 FORMAT_VERSION = 1
-TOP, RAW = 10, 11  # as in engine.signals, which imports torch
+TOP, RAW = 10, 12  # as in engine.signals, which imports torch
 LOG_FLOOR = -30.0
 QUANTUM = 2.0**-15  # raw signals are multiples of it: they compress, and are at most 1.5e-5 off
 CHUNK_BYTES = 1 << 20
@@ -40,6 +40,7 @@ ARRAYS: dict[str, np.dtype] = {
     "targets": np.dtype("<i4"),
     "neg_log_p_max": np.dtype("<f4"),
     "raw": np.dtype("<f4"),
+    "match": np.dtype("<f4"),
     "drafts": np.dtype("<i4"),
     "accept_probability": np.dtype("<f4"),
     "accepted": np.dtype("bool"),
@@ -47,6 +48,7 @@ ARRAYS: dict[str, np.dtype] = {
     "branch_starts": np.dtype("<i8"),
     "branch_tokens": np.dtype("<i4"),
     "branch_raw": np.dtype("<f4"),
+    "branch_match": np.dtype("<f4"),
 }
 
 
@@ -87,7 +89,9 @@ class Trace:
         row n of text 0         0    1    2    3    4    |          T + 1 rows a text (T = max_new_tokens), so that a
         targets       (N,)      y0   y1   y2   y3   y4   |          truncated episode has a next observation; fewer
         neg_log_p_max (N,)      at full depth, nats      |          where the last target is an EOS
-        raw      (N, C, 11)     10 log-probabilities and the entropy of each candidate's next-token distribution (T=1)
+        raw      (N, C, 12)     10 log-probabilities and the entropy of each candidate's next-token distribution (T=1),
+                                and how far the lookup's guess is below its best token
+        match         (N,)      how long a match that guess comes from, 0 to 1 (engine/lookup.py)
         drafts        (N, C)    x at each candidate      |          all in the context prompt + y0 .. y(n-1)
         accept_probability      min(1, q(y) / p(y))      |          (N, C); greedy: 1 or 0
         accepted      (N, C)    x == y                   |
@@ -98,7 +102,7 @@ class Trace:
 
         branch_starts (B + 1,)      0        3    ...        b ascends with (row, candidate)
         branch_tokens (M,)          z1 z2 z3 |               at most cap - 1, up to a drafted EOS (the last one then)
-        branch_raw    (M, 11)       the distributions that gave them
+        branch_raw    (M, 12)       the distributions that gave them; branch_match (M,) likewise
 
     A wrong draft has no branch (-1) if it is an EOS, or stands at row T of its text: no branch goes beyond that row.
     """
@@ -113,6 +117,7 @@ class Trace:
     targets: np.ndarray
     neg_log_p_max: np.ndarray
     raw: np.ndarray
+    match: np.ndarray
     drafts: np.ndarray
     accept_probability: np.ndarray
     accepted: np.ndarray
@@ -120,6 +125,7 @@ class Trace:
     branch_starts: np.ndarray
     branch_tokens: np.ndarray
     branch_raw: np.ndarray
+    branch_match: np.ndarray
 
     def __post_init__(self) -> None:
         for name, dtype in ARRAYS.items():
@@ -232,7 +238,7 @@ def text_digest(text: str) -> str:
 
 
 def quantize(raw: np.ndarray, vocab: int) -> np.ndarray:
-    """(..., 11) raw signals, rounded to multiples of QUANTUM, within their bounds still. float32."""
+    """(..., 12) raw signals, rounded to multiples of QUANTUM, within their bounds still. float32."""
     raw = np.rint(raw / QUANTUM)
     raw[..., TOP] = np.minimum(raw[..., TOP], math.floor(math.log(vocab) / QUANTUM))
     return (raw * QUANTUM).astype(np.float32)
@@ -323,8 +329,11 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
         demand((tokens >= 0) & (tokens < header.vocab), f"{name} has ids outside 0..{header.vocab - 1}")
     for name in ("raw", "branch_raw"):
         raw = getattr(trace, name)
-        low, high = ([LOG_FLOOR] * TOP + [0.0]), ([0.0] * TOP + [math.log(header.vocab)])
+        low, high = ([LOG_FLOOR] * TOP + [0.0, LOG_FLOOR]), ([0.0] * TOP + [math.log(header.vocab), 0.0])
         demand((raw >= np.array(low)) & (raw <= np.array(high)), f"{name} is out of its bounds")
+    for name in ("match", "branch_match"):
+        match = getattr(trace, name)
+        demand((match >= 0) & (match <= 1), f"{name} is not in [0, 1]")
     demand((trace.neg_log_p_max >= 0) & (trace.neg_log_p_max <= -LOG_FLOOR), "neg_log_p_max is out of its bounds")
     chance = trace.accept_probability
     demand((chance >= 0) & (chance <= 1), "accept_probability is not in [0, 1]")
@@ -344,9 +353,11 @@ def _check_shapes(trace: Trace, demand: Callable[[Any, str], None]) -> None:
         "targets": (rows,),
         "neg_log_p_max": (rows,),
         "raw": (rows, candidates, RAW),
+        "match": (rows,),
         "branch_starts": (branches + 1,),
         "branch_tokens": (tokens,),
         "branch_raw": (tokens, RAW),
+        "branch_match": (tokens,),
     }
     demand(branches >= 0, "branch_starts is empty")
     for name in ARRAYS:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lede_env.decoding.stopwatch import Lap, Stopwatch, no_lap
+from lede_env.decoding.rounds import Row, play_round
+from lede_env.decoding.stopwatch import Stopwatch
 from lede_env.decoding.strategies import Autoregressive, Control, Strategy
 from lede_env.decoding.text import TextStream
-from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, greedy_match, speculative_match
+from lede_env.engine.acceptance import Draws, Sampling, derive_seed
 from lede_env.engine.layered_lm import LayeredLM
-from lede_env.engine.round import Counts, Round, draft_limit
+from lede_env.engine.lookup import Lookup
+from lede_env.engine.round import Counts, Round
 from lede_env.engine.session import Session
-from lede_env.engine.signals import Signals, TraceWindow
+from lede_env.engine.signals import LOOKUP_FEATURES, TraceWindow
 from lede_env.errors import LedeError
 
 
@@ -63,37 +64,6 @@ class Piece:
 
     text: str
     round: Round | None  # None for the last piece, which only flushes held-back text
-
-
-@dataclass
-class _Row:
-    """One sequence being decoded."""
-
-    index: int
-    prompt_ids: list[int]
-    control: Control
-    draws: Draws
-    seed: int
-    budget: int
-    pending: int
-    out_of: str  # the finish reason when the budget is used up
-    needs_trace: bool
-    text: TextStream | None
-    trace: TraceWindow = field(default_factory=TraceWindow)
-    tokens: list[int] = field(default_factory=list)
-    rounds: list[Round] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-    finish_reason: str = ""
-    # of the open round
-    round: Round = field(default_factory=Round)
-    limit: int = 0
-    q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
-    draft_trace: list[float] = field(default_factory=list)
-
-    def open_round(self) -> None:
-        self.round, self.q, self.draft_trace = Round(), [], []
-        self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
-        self.round.limited = self.limit == 0 < self.control.cap
 
 
 def generate(
@@ -160,14 +130,14 @@ def stream(
     return _pieces(lm, rows, sampling)
 
 
-def _pieces(lm: LayeredLM, rows: list[_Row], sampling: Sampling) -> Iterator[Piece]:
+def _pieces(lm: LayeredLM, rows: list[Row], sampling: Sampling) -> Iterator[Piece]:
     row = rows[0]
     for _ in _rounds(lm, rows, sampling, Stopwatch(lm)):
         yield Piece(row.text.take() if row.text else "", row.round)
     yield Piece(row.text.take(last=True) if row.text else "", None)
 
 
-def _carry(earlier: Generation, rows: list[_Row], strategy: Strategy) -> None:
+def _carry(earlier: Generation, rows: list[Row], strategy: Strategy) -> None:
     """Hand the learned state of an earlier generation on to the one row there is."""
     if len(rows) != 1:
         raise LedeError(f"carry_over takes one prompt, got a batch of {len(rows)}; decode them one after another")
@@ -178,7 +148,7 @@ def _carry(earlier: Generation, rows: list[_Row], strategy: Strategy) -> None:
     rows[0].control.carry(earlier.control)
 
 
-def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, stopwatch: Stopwatch) -> Iterator[None]:
+def _rounds(lm: LayeredLM, rows: list[Row], sampling: Sampling, stopwatch: Stopwatch) -> Iterator[None]:
     """Prefill, then play rounds, yielding after each, until all rows are done."""
     capacity = max(len(row.prompt_ids) + row.budget for row in rows)
     width = max(row.control.cap for row in rows) + 1
@@ -198,100 +168,14 @@ def _rounds(lm: LayeredLM, rows: list[_Row], sampling: Sampling, stopwatch: Stop
 
 # Inference mode is entered call by call: around a `yield` it would leak into the code that consumes the stream.
 @torch.inference_mode()
-def _prefill(session: Session, rows: list[_Row]) -> None:
+def _prefill(session: Session, rows: list[Row]) -> None:
     for row in rows:
         states = session.prefill(row.index, row.prompt_ids[:-1])
         if row.control.taps:
             row.control.study(states, session.lm)
 
 
-@torch.inference_mode()
-def play_round(session: Session, rows: list[_Row], sampling: Sampling, lap: Lap = no_lap) -> None:
-    """One round of every row, in lockstep, by the round protocol of design section 4."""
-    lm = session.lm
-    for row in rows:
-        row.open_round()
-    session.feed([row.index for row in rows], [row.pending for row in rows])
-    drafting = [row for row in rows if row.limit > 0]
-    while drafting:
-        signals = _draft(session, drafting, sampling, lap)
-        # Every draft opens a slot, the last one too: verification runs it through all the layers.
-        session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
-        drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
-        lap("policy")
-    states = session.finish([row.index for row in rows])
-    logits = lm.logits(torch.cat(states)).split([len(state) for state in states])
-    for row, target in zip(rows, logits, strict=True):
-        _verify(lm, row, target, sampling)
-        if row.control.taps:
-            row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)
-        session.close_round(row.index, row.round.accepted + 1)
-    lap("verification")
-
-
-def _draft(session: Session, rows: list[_Row], sampling: Sampling, lap: Lap) -> list[Signals]:
-    """Make the next draft of every row, at a layer of its strategy's path. Returns the signals each left with."""
-    lm = session.lm
-    paths = {row.index: row.control.path(row.round) for row in rows}
-    left: dict[int, Signals] = {}
-    walking, step = rows, 0
-    while walking:
-        session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
-        lap("drafting layers")
-        logits = lm.logits(session.newest([row.index for row in walking]))  # (R, V)
-        lap("heads")
-        staying: list[_Row] = []
-        best = logits.argmax(-1).tolist() if sampling.greedy and len(walking) > 1 else []
-        for at, row in enumerate(walking):
-            path, made = paths[row.index], len(row.round.drafts)
-            trace = row.trace.mean(row.draft_trace) if row.needs_trace else 0.0
-            signals = Signals(logits[at], path[step], lm.n_layers, 2 if made else 1, made, row.control.cap, trace, lap)
-            if step + 1 < len(path) and not row.control.leave(signals, row.round):
-                row.round.checks += 1
-                staying.append(row)
-                continue
-            if sampling.greedy:
-                token = signals.best if len(walking) == 1 else best[at]
-            else:
-                row.q.append(sampling.probabilities(logits[at : at + 1])[0])
-                token = draw(row.q[-1], row.draws.next())
-            row.round.drafts.append(token)
-            row.round.exits.append(path[step])
-            row.control.drew(signals, row.round)
-            left[row.index] = signals
-        walking, step = staying, step + 1
-        lap("policy")
-    return [left[row.index] for row in rows]
-
-
-def _goes_on(lm: LayeredLM, row: _Row, signals: Signals) -> bool:
-    """Whether the row makes another draft this round."""
-    if row.needs_trace:
-        row.draft_trace.append(-signals.top[0])
-    if row.round.drafts[-1] in lm.eos_ids:
-        return False
-    if len(row.round.drafts) >= row.limit:
-        row.round.limited = row.limit < row.control.cap
-        return False
-    return row.control.keep_drafting(signals, row.round)
-
-
-def _verify(lm: LayeredLM, row: _Row, logits: Tensor, sampling: Sampling) -> None:
-    """Settle the open round against the (d + 1, V) full-depth logits."""
-    drafts = row.round.drafts
-    if sampling.greedy:
-        accepted, token = greedy_match(drafts, logits.argmax(-1).tolist())
-    else:
-        accepted, token = speculative_match(drafts, sampling.probabilities(logits), row.q, row.draws)
-    if row.round.settle(accepted, token, lm.eos_ids):
-        row.finish_reason = "eos"
-    if row.needs_trace:
-        known = logits[: len(row.round.emitted)]
-        for value in (known.logsumexp(-1) - known.amax(-1)).tolist():
-            row.trace.push(value)
-
-
-def _collect(lm: LayeredLM, row: _Row) -> None:
+def _collect(lm: LayeredLM, row: Row) -> None:
     """Move the settled round's tokens to the text, apply stop strings and the budget, let the strategy learn."""
     round_ = row.round
     if row.text is not None:
@@ -317,7 +201,7 @@ def _make_rows(
     seed: int,
     stop: str | Sequence[str],
     streaming: bool = False,
-) -> list[_Row]:
+) -> list[Row]:
     """A row for each prompt, its arguments checked."""
     if max_new_tokens < 1:
         raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -337,7 +221,7 @@ def _make_rows(
             )
         row_seed = derive_seed(seed, index) if index else seed
         rows.append(
-            _Row(
+            Row(
                 index=index,
                 prompt_ids=ids,
                 control=strategy.start(lm, row_seed),
@@ -346,14 +230,15 @@ def _make_rows(
                 budget=min(max_new_tokens, room),
                 pending=ids[-1],
                 out_of="length" if max_new_tokens <= room else "context",
-                needs_trace=strategy.needs_trace,
+                trace=TraceWindow() if "trace" in strategy.reads else None,
+                lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
                 text=TextStream(lm, stops) if stops or (streaming and lm.tokenizer is not None) else None,
             )
         )
     return rows
 
 
-def _result(lm: LayeredLM, row: _Row, strategy: Strategy, stopwatch: Stopwatch) -> Generation:
+def _result(lm: LayeredLM, row: Row, strategy: Strategy, stopwatch: Stopwatch) -> Generation:
     counts, stream_ = row.counts, row.text
     if stream_ is None and lm.tokenizer is not None:
         stream_ = TextStream(lm, ())

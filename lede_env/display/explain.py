@@ -100,7 +100,7 @@ class Explained(Strategy):
     """`strategy`, noting what it sees: the same text, more slowly. Its generation's `control` is a Noting."""
 
     strategy: Strategy
-    needs_trace = True  # one of the signals to show
+    reads = EXIT_FEATURES  # the signals to show
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -149,7 +149,7 @@ def _decision(lm) -> Callable[[], object]:
     logits = torch.randn(lm.geometry.vocab, device=lm.device)
 
     def decide():
-        signals = Signals(logits, 1, lm.n_layers, 1, 0, DRAFT_CAP, 0.0)
+        signals = Signals(logits, 1, lm.n_layers, 0, DRAFT_CAP)
         return policy.advantage(signals.inputs(EXIT_FEATURES)) > 0.0
 
     return decide

@@ -96,9 +96,9 @@ class Session:
 
     def feed(self, rows: list[int], tokens: list[int]) -> None:
         """Open the next slot of each row with its token, at depth 0."""
-        states = self.lm.embed(torch.tensor(tokens, device=self.lm.device))  # (R, H)
-        for row, state in zip(rows, states, strict=True):
-            self.hidden[row, len(self.depth[row])] = state
+        slots = [len(self.depth[row]) for row in rows]
+        self.hidden[rows, slots] = self.lm.embed(torch.tensor(tokens, device=self.lm.device))  # (R, H)
+        for row in rows:
             self.depth[row].append(0)
 
     def advance(self, rows: list[int], targets: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Exit signals: what an agent sees of a candidate layer's next-token distribution (paper section 3.1.1).
 
-Signals are always those of the distribution at temperature 1. Raw signals (the ten largest log-probabilities and
-the entropy) are what files and traces keep; features are computed from them, so a feature can be added later.
+Signals are always those of the distribution at temperature 1. Raw signals (the ten largest log-probabilities, the
+entropy, and how far the lookup's guess is below the best token) are what traces keep; features are linear in them.
 The paper's k and w are lost in our copy: k = 5 and w = 8 are this project's choices, kept by v0 of every id.
 """
 
@@ -10,37 +10,40 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.engine.lookup import NO_GUESS
 from lede_env.errors import LedeError
 
 TOP = 10  # log-probabilities kept
-RAW = TOP + 1  # raw signals a layer: TOP log-probabilities, then the entropy
+RAW = TOP + 2  # raw signals a layer: TOP log-probabilities, the entropy, the guess's distance
 CONFIDENCE_K = 5
 TRACE_WINDOW = 8
 LOG_FLOOR = -30.0  # keeps every bound finite
 
 PAPER_FEATURES = ("confidence", "entropy", "trace")
-EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1")
+EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1", "match", "echo")
 DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position")
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
 
-# What each feature is: weights of the inputs, which are the raw signals and then the four context values.
-INPUTS = RAW + 4
+# What each feature is: weights of the inputs, which are the raw signals and then the context.
+CONTEXT = ("trace", "layer", "match", "phase", "position")
+INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
     "entropy": {TOP: 1.0},
-    "trace": {RAW: 1.0},
-    "layer": {RAW + 1: 1.0},
     "margin": {0: 1.0, 1: -1.0},
     "top1": {0: -1.0},
-    "phase": {RAW + 2: 1.0},
-    "position": {RAW + 3: 1.0},
+    "echo": {TOP + 1: -1.0},
+    **{name: {place: 1.0} for place, name in enumerate(CONTEXT, RAW)},
 }
+_NORMALISED = {"confidence", "entropy", "top1"}  # features that differences of logits do not give
+LOOKUP_FEATURES = {"match", "echo"}
 
 
 def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
@@ -61,7 +64,7 @@ def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
 def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of each feature, float32."""
     floor = -LOG_FLOOR
-    high = {"entropy": math.log(vocab), "layer": 1.0, "phase": 2.0, "position": 1.0}
+    high = {"entropy": math.log(vocab), "layer": 1.0, "match": 1.0, "phase": 2.0, "position": 1.0}
     low = {"phase": 1.0}
     names = tuple(names)
     return (
@@ -86,10 +89,20 @@ def entropy(log_p: Tensor) -> Tensor:
     return torch.linalg.vecdot(log_p.exp(), log_p).neg_().clamp_(0.0, math.log(log_p.shape[-1]))
 
 
-def raw_signals(logits: Tensor) -> Tensor:
-    """(N, V) logits -> (N, RAW): the TOP largest log-probabilities, then the entropy."""
+def guess_distance(logits: Tensor, guesses: Tensor) -> Tensor:
+    """(N, V) logits, (N,) tokens -> (N,) how far each token is below the best one, at most
+    -LOG_FLOOR, as a number <= 0; LOG_FLOOR where the token is -1, no guess."""
+    own = logits.gather(-1, guesses.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return (own - logits.amax(-1)).clamp_min_(LOG_FLOOR).masked_fill_(guesses < 0, LOG_FLOOR)
+
+
+def raw_signals(logits: Tensor, guesses: Tensor | None = None) -> Tensor:
+    """(N, V) logits and (N,) guesses of the lookup, -1 for none -> (N, RAW) raw signals."""
     log_p = log_probabilities(logits)
-    return torch.cat([top_log_probabilities(log_p), entropy(log_p).unsqueeze(-1)], dim=-1)
+    if guesses is None:
+        guesses = torch.full(logits.shape[:1], -1, device=logits.device)
+    last = torch.stack([entropy(log_p), guess_distance(logits, guesses)], dim=-1)
+    return torch.cat([top_log_probabilities(log_p), last], dim=-1)
 
 
 def feature_matrix(names: Sequence[str]) -> np.ndarray:
@@ -107,15 +120,16 @@ def compute_features(
     *,
     layer: np.ndarray | float,
     trace: np.ndarray | float,
+    match: np.ndarray | float = 0.0,
     phase: np.ndarray | float = 1.0,
     position: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
-    inputs = np.empty((*raw.shape[:-1], INPUTS), np.float32)
+    inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    for place, value in enumerate((trace, layer, phase, position), RAW):
+    for place, value in enumerate((trace, layer, match, phase, position), RAW):
         inputs[..., place] = value
-    return inputs @ feature_matrix(names)
+    return (inputs @ feature_matrix(names)).astype(np.float32)
 
 
 def no_lap(part: str) -> None:
@@ -145,60 +159,70 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
     return ((total[here] - total[begin]) / np.maximum(here - begin, 1)).astype(np.float32)
 
 
+@dataclass(slots=True)
 class Signals:
     """What a strategy may ask of one row at one layer. Computed on demand: not asking costs nothing."""
 
-    __slots__ = ("_log_p", "_tokens", "_top", "cap", "lap", "layer", "logits", "n_layers", "phase", "position", "trace")
-
-    def __init__(
-        self,
-        logits: Tensor,
-        layer: int,
-        n_layers: int,
-        phase: int,
-        position: int,
-        cap: int,
-        trace: float,
-        lap: Callable[[str], None] = no_lap,
-    ):
-        self.logits = logits  # (V,)
-        self.layer, self.n_layers = layer, n_layers
-        self.phase = phase  # 1 walking for the round's first draft, 2 afterwards
-        self.position, self.cap = position, cap  # drafts made so far this round, and the most there can be
-        self.trace = trace
-        self.lap = lap  # the profile's stopwatch
-        self._top: list[float] | None = None
+    logits: Tensor  # (V,)
+    layer: int
+    n_layers: int
+    position: int  # drafts made so far this round
+    cap: int  # the most there can be
+    trace: float = 0.0
+    guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
+    lap: Callable[[str], None] = no_lap  # the profile's stopwatch
+    _log_p: Tensor | None = None
+    _top: tuple[list[float], Tensor] | None = None  # the TOP largest logits, descending, and their tokens
 
     @property
-    def top(self) -> list[float]:
-        """The TOP largest log-probabilities, descending."""
-        if self._top is None:
+    def phase(self) -> int:
+        """1 while walking for the round's first draft, 2 afterwards."""
+        return 2 if self.position else 1
+
+    @property
+    def log_p(self) -> Tensor:
+        """(V,) log-probabilities at temperature 1."""
+        if self._log_p is None:
             self.lap("policy")
             self._log_p = log_probabilities(self.logits)
-            top, tokens = self._log_p.topk(min(TOP, len(self._log_p)))
-            self._top, self._tokens = top.tolist(), tokens
-            self._top += [LOG_FLOOR] * (TOP - len(self._top))
+            self.lap("signals")
+        return self._log_p
+
+    @property
+    def top_logits(self) -> tuple[list[float], Tensor]:
+        if self._top is None:
+            self.lap("policy")
+            values, tokens = self.logits.topk(min(TOP, len(self.logits)))
+            self._top = values.tolist(), tokens
             self.lap("signals")
         return self._top
 
     @property
     def best(self) -> int:
         """The most probable token."""
-        return int(self._tokens[0] if self._top is not None else self.logits.argmax())
+        return int(self.logits.argmax() if self._top is None else self._top[1][0])
+
+    @property
+    def log_p_max(self) -> float:
+        """Log-probability of the most probable token."""
+        return float(self.log_p[self.best])
 
     @property
     def top1(self) -> float:
         """Probability of the most probable token, at temperature 1."""
-        return math.exp(self.top[0])
+        return math.exp(self.log_p_max)
 
     def inputs(self, names: Sequence[str]) -> np.ndarray:
-        """(INPUTS,) float32: what `feature_matrix(names)` takes. The entropy is 0 unless `names` asks for it."""
-        top, spread = self.top, 0.0
-        if "entropy" in names:
-            spread = entropy(self._log_p).item()
-            self.lap("signals")
-        context = (self.trace, self.layer / self.n_layers, self.phase, self.position / self.cap)
-        return np.array((*top, spread, *context), np.float32)
+        """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
+        logits = self.top_logits[0]
+        best = self.log_p_max if _NORMALISED.intersection(names) else 0.0  # a shift that differences do not feel
+        top = [max(best + (logit - logits[0]), LOG_FLOOR) for logit in logits] + [LOG_FLOOR] * (TOP - len(logits))
+        spread = entropy(self.log_p).item() if "entropy" in names else 0.0
+        token, match = self.guess
+        far = LOG_FLOOR if token < 0 else max(float(self.logits[token]) - logits[0], LOG_FLOOR)
+        self.lap("signals")
+        context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
+        return np.array((*top, spread, far, *context), np.float32)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""

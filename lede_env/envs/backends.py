@@ -13,7 +13,8 @@ import torch
 
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, draw
 from lede_env.engine.layered_lm import LayeredLM
-from lede_env.engine.signals import RAW, TraceWindow, compute_features, raw_signals
+from lede_env.engine.lookup import NO_GUESS, Lookup
+from lede_env.engine.signals import LOOKUP_FEATURES, RAW, TraceWindow, compute_features, raw_signals
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -60,6 +61,9 @@ class LiveBackend:
         self._done = [True] * lanes
         self._draws = [Draws(0)] * lanes
         self._trace = [TraceWindow() for _ in range(lanes)]
+        self._lookup: list[Lookup | None] = [None] * lanes  # where the features read it
+        self._match = np.zeros(lanes)  # of the position being computed
+        self.looks_up = bool(LOOKUP_FEATURES.intersection(features))
 
     def start(self, lane: int, prompt: int, seed: int) -> None:
         """Begin the continuation of a prompt on a lane; `seed` keys its draws."""
@@ -68,6 +72,7 @@ class LiveBackend:
             self.session.prefill(lane, ids[:-1])
         self._pending[lane], self._done[lane], self.known[lane] = ids[-1], False, 0
         self._draws[lane], self._trace[lane] = Draws(seed), TraceWindow()
+        self._lookup[lane] = Lookup(ids) if self.looks_up else None
 
     def start_many(self, lanes: np.ndarray, prompts: np.ndarray, seeds: np.ndarray) -> None:
         """`start` for each of (N,) lanes."""
@@ -98,13 +103,21 @@ class LiveBackend:
             session.advance(lanes, [layer] * len(lanes))
             states.append(session.newest(lanes).clone())
         logits = self.lm.logits(torch.cat(states)).unflatten(0, (len(states), len(lanes)))  # (C + 1, lanes, V)
-        raw, top1 = _raw_and_top1(logits)
+        raw, top1 = self._raw_and_top1(logits)
         best = logits.argmax(-1).T.tolist() if self.sampling.greedy else None
         for lane in lanes:
             live = not self._done[lane]
             session.close_round(lane, int(live))
             if live:
                 self._store(lane, raw[:, lane], float(top1[lane]), best[lane] if best else logits[:, lane])
+
+    def _raw_and_top1(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(C + 1, N, V) logits -> raw signals of the candidates (C, N, RAW), and -log p_max at full depth (N,)."""
+        found = [NO_GUESS if lookup is None else lookup.guess() for lookup in self._lookup]
+        self._match[:] = [match for _, match in found]
+        guesses = torch.tensor([token for token, _ in found], device=logits.device).repeat(len(logits))
+        raw = raw_signals(logits.flatten(0, 1), guesses).view(*logits.shape[:2], RAW).float().cpu().numpy()
+        return raw[:-1], -raw[-1, :, 0]
 
     def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Any) -> None:
         """Write one position: (C, RAW) signals, and the drafts and target that `outcome` gives."""
@@ -114,6 +127,7 @@ class LiveBackend:
             raw,
             layer=np.array(self.candidate_layers) / self.lm.n_layers,
             trace=self._trace[lane].mean(),
+            match=self._match[lane],
         )
         if self.sampling.greedy:
             *drafts, target = outcome
@@ -123,6 +137,8 @@ class LiveBackend:
         self.accepted[row] = self.drafts[row] == target
         self.ends[row] = target in self.lm.eos_ids
         self._trace[lane].push(neg_log_p_max)
+        if (lookup := self._lookup[lane]) is not None:
+            lookup.extend([target])
         self.known[lane] += 1
         self._pending[lane] = target
         self._done[lane] = bool(self.ends[row]) or self.known[lane] == self.positions
@@ -134,9 +150,3 @@ class LiveBackend:
         target = draw(probabilities[-1], draws.next())
         drafts, _ = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
         return target, drafts
-
-
-def _raw_and_top1(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(C + 1, N, V) logits -> raw signals of the candidates (C, N, RAW), and -log p_max at full depth (N,)."""
-    raw = raw_signals(logits.flatten(0, 1)).view(*logits.shape[:2], RAW).float().cpu().numpy()
-    return raw[:-1], -raw[-1, :, 0]

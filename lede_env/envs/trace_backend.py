@@ -47,6 +47,7 @@ class TraceBackend:
             trace.raw,
             layer=np.array(header.candidate_layers) / header.n_layers,
             trace=trace_means(trace)[:, None],
+            match=trace.match[:, None],
         )
         self.accepted, self.drafts, self.targets, self.ends = trace.accepted, trace.drafts, trace.targets, trace.ends
         self._first_text = np.array([place[prompt_id] * header.samples for prompt_id in prompt_ids])

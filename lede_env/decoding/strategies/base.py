@@ -56,7 +56,7 @@ class Strategy(ABC):
     """Chooses exit layers and draft lengths. Immutable: what changes lives in its Controls."""
 
     name: str
-    needs_trace: bool = False  # whether its signals read the `trace` feature
+    reads: tuple[str, ...] = ()  # features its signals use; those of the text so far are kept only if named here
 
     @abstractmethod
     def start(self, lm: LayeredLM, seed: int) -> Control:

@@ -71,8 +71,8 @@ class Lede(Strategy):
             check_speculation(self.speculation)
 
     @property
-    def needs_trace(self) -> bool:  # type: ignore[override]
-        return self.policy is None or "trace" in self.policy.features
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple((self.policy or load_policy("tiny")).features)
 
     def start(self, lm, seed) -> Control:
         policy = self.policy

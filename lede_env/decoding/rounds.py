@@ -1,0 +1,156 @@
+"""One round on the engine: drafting as the strategies wish, verification, and what both leave on each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from lede_env.decoding.stopwatch import Lap
+from lede_env.decoding.strategies import Control
+from lede_env.decoding.text import TextStream
+from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.lookup import NO_GUESS, Lookup
+from lede_env.engine.round import Counts, Round, draft_limit
+from lede_env.engine.session import Session
+from lede_env.engine.signals import Signals, TraceWindow, no_lap
+
+
+@dataclass
+class Row:
+    """One sequence being decoded."""
+
+    index: int
+    prompt_ids: list[int]
+    control: Control
+    draws: Draws
+    seed: int
+    budget: int
+    pending: int
+    out_of: str  # the finish reason when the budget is used up
+    text: TextStream | None
+    trace: TraceWindow | None  # where the strategy's signals read it; likewise the lookup
+    lookup: Lookup | None
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    finish_reason: str = ""
+    # of the open round
+    round: Round = field(default_factory=Round)
+    limit: int = 0
+    q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
+    draft_trace: list[float] = field(default_factory=list)
+
+    def open_round(self) -> None:
+        self.round, self.q, self.draft_trace = Round(), [], []
+        self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
+        self.round.limited = self.limit == 0 < self.control.cap
+
+    def context(self) -> tuple[float, tuple[int, float]]:
+        """The `trace` and the lookup's guess for the next draft."""
+        trace = self.trace.mean(self.draft_trace) if self.trace is not None else 0.0
+        return trace, self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS
+
+
+@torch.inference_mode()
+def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap = no_lap) -> None:
+    """One round of every row, in lockstep, by the round protocol of design section 4."""
+    lm = session.lm
+    for row in rows:
+        row.open_round()
+    session.feed([row.index for row in rows], [row.pending for row in rows])
+    drafting = [row for row in rows if row.limit > 0]
+    while drafting:
+        signals = _draft(session, drafting, sampling, lap)
+        # Every draft opens a slot, the last one too: verification runs it through all the layers.
+        session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
+        drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
+        lap("policy")
+    states = session.finish([row.index for row in rows])
+    _verify(lm, rows, lm.logits(torch.cat(states)), sampling)
+    for row in rows:
+        if row.control.taps:
+            row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)
+        session.close_round(row.index, row.round.accepted + 1)
+    lap("verification")
+
+
+def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> list[Signals]:
+    """Make the next draft of every row, at a layer of its strategy's path. Returns the signals each left with."""
+    lm = session.lm
+    paths = {row.index: row.control.path(row.round) for row in rows}
+    known = {row.index: row.context() for row in rows}
+    left: dict[int, Signals] = {}
+    walking, step = rows, 0
+    while walking:
+        session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
+        lap("drafting layers")
+        logits = lm.logits(session.newest([row.index for row in walking]))  # (R, V)
+        lap("heads")
+        staying: list[Row] = []
+        leaving: dict[int, Row] = {}  # by place in the logits
+        best = logits.argmax(-1).tolist() if sampling.greedy and len(walking) > 1 else []
+        for at, row in enumerate(walking):
+            path, made = paths[row.index], len(row.round.drafts)
+            signals = Signals(logits[at], path[step], lm.n_layers, made, row.control.cap, *known[row.index], lap)
+            if step + 1 < len(path) and not row.control.leave(signals, row.round):
+                row.round.checks += 1
+                staying.append(row)
+                continue
+            left[row.index], leaving[at] = signals, row
+            row.round.exits.append(path[step])
+            if sampling.greedy:
+                row.round.drafts.append(signals.best if len(walking) == 1 else best[at])
+        if leaving and not sampling.greedy:
+            _sample_drafts(logits[list(leaving)], list(leaving.values()), sampling)
+        for row in leaving.values():
+            row.control.drew(left[row.index], row.round)
+        walking, step = staying, step + 1
+        lap("policy")
+    return [left[row.index] for row in rows]
+
+
+def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:
+    """Draw the next draft of each row from its (R, V) logits."""
+    q = sampling.probabilities(logits)
+    tokens = draw_rows(q, [row.draws.next() for row in rows])
+    for row, own, token in zip(rows, q.unbind(), tokens, strict=True):
+        row.q.append(own)
+        row.round.drafts.append(token)
+
+
+def _goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
+    """Whether the row makes another draft this round."""
+    if row.trace is not None:
+        row.draft_trace.append(-signals.log_p_max)
+    if row.round.drafts[-1] in lm.eos_ids:
+        return False
+    if len(row.round.drafts) >= row.limit:
+        row.round.limited = row.limit < row.control.cap
+        return False
+    return row.control.keep_drafting(signals, row.round)
+
+
+def _verify(lm: LayeredLM, rows: list[Row], logits: Tensor, sampling: Sampling) -> None:
+    """Settle the open rounds against their full-depth logits: (sum of d + 1, V), row after row."""
+    drafts = [row.round.drafts for row in rows]
+    if sampling.greedy:
+        targets = iter(logits.argmax(-1).tolist())
+        outcomes = [greedy_match(own, list(islice(targets, len(own) + 1))) for own in drafts]
+    else:
+        q, draws = [row.q for row in rows], [row.draws for row in rows]
+        outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, draws)
+    traced = any(row.trace is not None for row in rows)
+    doubts = iter((logits.logsumexp(-1) - logits.amax(-1)).tolist() if traced else ())  # -log p_max
+    for row, (accepted, token) in zip(rows, outcomes, strict=True):
+        own = list(islice(doubts, len(row.round.drafts) + 1))
+        if row.round.settle(accepted, token, lm.eos_ids):
+            row.finish_reason = "eos"
+        if row.trace is not None:
+            for value in own[: len(row.round.emitted)]:
+                row.trace.push(value)
+        if row.lookup is not None:
+            row.lookup.extend(row.round.emitted)

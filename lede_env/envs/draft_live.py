@@ -1,0 +1,224 @@
+"""The draft MDP from the language model itself: rounds of drafting and verification, as the decoder plays them.
+
+It makes the decoder's calls in the decoder's order, on the same session, so that a policy sees in the environment
+what it sees there, bit for bit with one lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lede_env.engine.acceptance import Draws, Sampling, draw, greedy_match, speculative_match
+from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.lookup import NO_GUESS, Lookup
+from lede_env.engine.round import Round
+from lede_env.engine.signals import LOOKUP_FEATURES, TraceWindow, compute_features, raw_signals
+from lede_env.errors import LedeError
+from lede_env.tasks import Prompt, fit_prompt
+
+
+@dataclass
+class _Lane:
+    """One sequence being decoded, and its open round."""
+
+    pending: int
+    draws: Draws
+    lookup: Lookup | None  # of the text so far, where the features read it
+    trace: TraceWindow = field(default_factory=TraceWindow)  # of the tokens emitted
+    # of the open round
+    round: Round = field(default_factory=Round)
+    candidate: int = 0  # where phase 1 stands, or left
+    kept: bool = False  # whether the draft in view is drawn: it is `round.drafts[-1]` then
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (V,) of the draft in view
+    best: int = 0  # its most probable token
+    q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
+    surprise: list[float] = field(default_factory=list)  # -log p_max of each draft made, the one in view included
+
+    def open_round(self) -> None:
+        self.round, self.candidate, self.q, self.surprise = Round(), 0, [], []
+
+
+class DraftLiveBackend:
+    """`DraftTraceBackend`'s interface over the language model, decoding `lanes` continuations together.
+
+    Each lane has nodes of its own: its candidates, then its drafts 2 .. cap. They hold the open round.
+    """
+
+    def __init__(
+        self,
+        lm: LayeredLM,
+        prompts: list[Prompt],
+        lanes: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        candidate_layers: tuple[int, ...],
+        features: tuple[str, ...],
+        cap: int,
+    ):
+        room = lm.geometry.context - max_new_tokens - 1
+        if room < 2:
+            raise LedeError(
+                f"max_new_tokens={max_new_tokens} leaves no room in {lm.name}'s context of {lm.geometry.context}"
+            )
+        self.lm, self.sampling, self.cap = lm, sampling, cap
+        self.candidate_layers, self.features = candidate_layers, features
+        self.prompt_ids = [prompt.id for prompt in prompts]
+        self.tokens = [fit_prompt(lm.encode(prompt.text), room, prompt.task)[0] for prompt in prompts]
+        self.session = lm.session(lanes, max(map(len, self.tokens)) + max_new_tokens + 1, width=cap + 1)
+        self._stride = len(candidate_layers) + cap - 1  # nodes a lane
+        self._first = np.arange(lanes) * self._stride
+        self.signals = np.zeros((lanes * self._stride, len(features)), np.float32)
+        self.after = np.full(lanes * self._stride, -1)
+        self._lanes = [_Lane(0, Draws(0), None) for _ in range(lanes)]
+        self._looks_up = bool(LOOKUP_FEATURES.intersection(features))
+
+    @torch.inference_mode()
+    def start_many(self, lanes: np.ndarray, prompts: np.ndarray, seeds: np.ndarray) -> None:
+        """Begin the continuations of prompts on lanes, (n,) each; the seeds key their draws, as the decoder's do."""
+        for lane, prompt, seed in zip(lanes.tolist(), prompts.tolist(), seeds.tolist(), strict=True):
+            ids = self.tokens[prompt]
+            self.session.prefill(lane, ids[:-1])
+            self._lanes[lane] = _Lane(ids[-1], Draws(seed), Lookup(ids) if self._looks_up else None)
+
+    def cell(self, lane: Any, token: Any) -> Any:
+        """Node of the first candidate."""
+        return self._first[lane]
+
+    @torch.inference_mode()
+    def open(self, who: np.ndarray) -> None:
+        """Begin a round on the lanes of a mask, (lanes,) booleans, at the first candidate."""
+        rows = np.flatnonzero(who).tolist()
+        for row in rows:
+            self.session.close_round(row, 0)  # of one that a reset left open
+            self._lanes[row].open_round()
+        if rows:
+            self.session.feed(rows, [self._lanes[row].pending for row in rows])
+            self._view(rows)
+
+    @torch.inference_mode()
+    def keep(self, who: np.ndarray) -> None:
+        """Draw the draft in view of the lanes of a mask, and say what may follow it."""
+        for row in np.flatnonzero(who).tolist():
+            if not self._lanes[row].kept:
+                self._draw(row)
+
+    @torch.inference_mode()
+    def move(self, walking: np.ndarray, drafting: np.ndarray) -> None:
+        """Take the lanes of a mask to the next candidate, those of another to the next draft: one forward for all
+        that share a segment."""
+        rows = np.flatnonzero(drafting).tolist()
+        if rows:
+            self.session.feed(rows, [self._lanes[row].round.drafts[-1] for row in rows])
+        for row in np.flatnonzero(walking).tolist():
+            self._lanes[row].candidate += 1
+            self._lanes[row].surprise.pop()
+        rows = np.flatnonzero(walking | drafting).tolist()
+        if rows:
+            self._view(rows)
+
+    def observe(self, node: Any, cell: Any, draft: Any) -> np.ndarray:
+        """(..., F) features of nodes."""
+        return self.signals.take(node, axis=0)
+
+    @torch.inference_mode()
+    def settle(self, who: np.ndarray, cell: Any, drafts: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Verify the rounds of the lanes of a mask: (lanes,) accepted, emitted, and whether the last token emitted is
+        an EOS. They count where the mask is true."""
+        counts = np.zeros((3, len(who)), np.int64)
+        rows = np.flatnonzero(who).tolist()
+        if rows:
+            self.session.feed(rows, [self._lanes[row].round.drafts[-1] for row in rows])
+            counts[:, rows] = self._finish(rows)
+        return counts[0], counts[1], counts[2] > 0
+
+    @torch.inference_mode()
+    def step(self, who: np.ndarray, token: Any) -> np.ndarray:
+        """Emit one token at full depth on the lanes of a mask: (lanes,) where it is an EOS."""
+        rows = np.flatnonzero(who).tolist()
+        for row in rows:
+            self._lanes[row].open_round()
+        self.session.feed(rows, [self._lanes[row].pending for row in rows])
+        ended = np.zeros(len(who), bool)
+        ended[rows] = self._finish(rows)[2]
+        return ended
+
+    def _finish(self, rows: list[int]) -> np.ndarray:
+        """Verify the open rounds of ascending rows: (3, rows) accepted, emitted, ended."""
+        states = self.session.finish(rows)
+        logits = self.lm.logits(torch.cat(states)).split([len(state) for state in states])
+        counts = np.zeros((3, len(rows)), np.int64)
+        for column, (row, target) in enumerate(zip(rows, logits, strict=True)):
+            ended = self._verify(row, target)
+            round_ = self._lanes[row].round
+            counts[:, column] = round_.accepted, len(round_.emitted), ended
+        return counts
+
+    def _verify(self, row: int, logits: Tensor) -> bool:
+        """Settle a lane's round against the (d + 1, V) full-depth logits; whether it ends by an EOS."""
+        lane = self._lanes[row]
+        if self.sampling.greedy:
+            accepted, token = greedy_match(lane.round.drafts, logits.argmax(-1).tolist())
+        else:
+            probabilities = self.sampling.probabilities(logits)
+            accepted, token = speculative_match(lane.round.drafts, probabilities, lane.q, lane.draws)
+        ended = lane.round.settle(accepted, token, self.lm.eos_ids)
+        known = logits[: len(lane.round.emitted)]
+        for value in (known.logsumexp(-1) - known.amax(-1)).tolist():
+            lane.trace.push(value)
+        if lane.lookup is not None:
+            lane.lookup.extend(lane.round.emitted)
+        lane.pending = lane.round.emitted[-1]
+        self.session.close_round(row, lane.round.accepted + 1)
+        return ended
+
+    def _view(self, rows: list[int]) -> None:
+        """Run the newest slot of ascending rows to where its lane stands, and write down its signals."""
+        lanes = [self._lanes[row] for row in rows]
+        layers = [self.candidate_layers[lane.candidate] for lane in lanes]
+        self.session.advance(rows, layers)
+        logits = self.lm.logits(self.session.newest(rows))  # (R, V)
+        found = [NO_GUESS if lane.lookup is None else lane.lookup.guess(lane.round.drafts) for lane in lanes]
+        guesses = torch.tensor([token for token, _ in found], device=logits.device)
+        raw = raw_signals(logits, guesses).double().cpu().numpy()  # double: features round once, as the decoder's
+        drafts = np.array([len(lane.round.drafts) for lane in lanes])  # before the one in view
+        for lane, own, best in zip(lanes, logits, logits.argmax(-1).tolist(), strict=True):
+            lane.logits, lane.best, lane.kept = own, best, False
+        nodes = [self._node(row) for row in rows]
+        self.signals[nodes] = compute_features(
+            self.features,
+            raw,
+            layer=np.array(layers) / self.lm.n_layers,
+            trace=np.array([lane.trace.mean(lane.surprise) for lane in lanes]),
+            match=np.array([match for _, match in found]),
+            phase=np.where(drafts, 2, 1),
+            position=drafts / self.cap,
+        )
+        for lane, signals in zip(lanes, raw, strict=True):
+            lane.surprise.append(-float(signals[0]))
+        for row, lane in zip(rows, lanes, strict=True):
+            if lane.candidate == len(self.candidate_layers) - 1 or lane.round.drafts:  # no way but to keep it
+                self._draw(row)
+
+    def _draw(self, row: int) -> None:
+        """Draw the draft in view of a lane, and say what may follow it."""
+        lane = self._lanes[row]
+        token = lane.best
+        if not self.sampling.greedy:
+            lane.q.append(self.sampling.probabilities(lane.logits.unsqueeze(0))[0])
+            token = draw(lane.q[-1], lane.draws.next())
+        self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
+        lane.kept = True
+        lane.round.drafts.append(token)
+        lane.round.exits.append(self.candidate_layers[lane.candidate])
+
+    def _node(self, row: int, ahead: int = 0) -> int:
+        """Where the draft in view of a lane is in the tables, or the one `ahead` of it; -1 beyond draft number cap."""
+        lane = self._lanes[row]
+        before = len(lane.round.drafts) - lane.kept + ahead  # drafts made before it
+        place = len(self.candidate_layers) + before - 1 if before else lane.candidate
+        return row * self._stride + place if place < self._stride else -1
