@@ -1,8 +1,9 @@
 """Decoding speed on the CPU: our engine beside transformers, in one run (`make bench`).
 
-Rows: transformers' greedy `generate`; the same with `assistant_early_exit`, at its defaults and at its best setting
-of a sweep; then Autoregressive, the best static LayerSkip and LEDE of this project. Every method decodes the same
-test prompts, in turn, after a warm-up; a figure is the median over repeats, summed over prompts.
+Greedy and at T = 0.6: transformers' `generate`; the same with `assistant_early_exit`, at its defaults and at its best
+setting; then Autoregressive, the best static LayerSkip and LEDE of this project. Both sweeps score every setting on
+validation prompts and time the best few of them again. Every method decodes the same test prompts, in turn, after a
+warm-up; a figure is the median over repeats, summed over prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -18,22 +20,24 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import lede_env
-from benchmarks.demo import decoder
 from benchmarks.harness import (
     RESULTS,
     Method,
     Timing,
-    acceptance_table,
     machine,
     print_table,
     speedup_interval,
     time_methods,
     write_results,
 )
+from benchmarks.tuning import MACHINE, Bench, best, search, setting
+from lede_env.engine.acceptance import derive_seed
 from lede_env.engine.cost_model import measure
-from lede_env.evaluation import best_static
 from lede_env.models.loading import EMBEDDED
-from lede_env.tasks import load_prompts
+from lede_env.tasks import Prompt, load_prompts
+
+DEFAULTS = (4, 20, 0.4)  # transformers' draft length and threshold, at a usual layer
+GRID = tuple(itertools.product((2, 3, 4, 6), (3, 5, 8), (0.0, 0.4, 0.6)))  # layer, draft length, threshold
 
 
 @dataclass
@@ -42,107 +46,134 @@ class Args:
 
     policy: str = "tiny"  # policy of LEDE: the shipped one, or a folder
     out: Path = RESULTS / "cpu"  # folder for cpu_speed.csv, .md and .json
+    temperatures: tuple[float, ...] = (0.0, 0.6)
     prompts: int = 24  # test prompts
-    sweep_prompts: int = 5  # validation prompts of the assistant_early_exit sweep
+    validation_prompts: int = 8  # for the sweeps
+    finalists: int = 3  # settings of each sweep that are timed again
     max_new_tokens: int = 96
     repeats: int = 3
     threads: int = 2
+    seed: int = 0  # of sampling
 
 
 def main(args: Args) -> None:
     console = Console()
     torch.set_num_threads(args.threads)
-    lm = lede_env.load_model("tiny", device="cpu")
     reference = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
-    validation = load_prompts("all", "validation")
+    validation = spread(load_prompts("all", "validation"), args.validation_prompts)
+    test = spread(load_prompts("all", "test"), args.prompts)
+    rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {"command": " ".join(["python -m benchmarks.cpu_speed", *sys.argv[1:]]), **machine()}
+    about |= {name: str(value) for name, value in vars(args).items()}
+    for temperature in args.temperatures:
+        found, sweeps = compare(args, temperature, reference, validation, test, console)
+        rows += found
+        about |= {f"{name}, T = {temperature}": value for name, value in sweeps.items()}
+        print_table(f"T = {temperature}, embedded model, float32, batch 1, {args.threads} threads", found, console)
+    write_results(args.out, "cpu_speed", rows, about)
+    console.print(f"written to {args.out}")
 
-    costs = measure("tiny", device="cpu")
-    accepted = acceptance_table(lm, validation, args.max_new_tokens, range(1, lm.n_layers // 2 + 1), console)
-    static, _ = best_static(accepted, costs)
-    step = max(1, len(validation) // args.sweep_prompts)
-    early = best_early_exit(args, reference, [lm.encode(p.text) for p in validation[::step]], console)
 
-    test = load_prompts("all", "test")
-    prompts = [lm.encode(p.text) for p in test[:: max(1, len(test) // args.prompts)][: args.prompts]]
-    n = args.max_new_tokens
-    methods = {
-        "transformers": transformers_method(reference, n),
-        "transformers, assistant_early_exit=4 (defaults)": transformers_method(reference, n, (4, 20, 0.4)),
-        "transformers, assistant_early_exit={} best: {} tokens, threshold {}".format(*early): transformers_method(
-            reference, n, early
-        ),
-        "Autoregressive": decoder(lm, lede_env.Autoregressive(), n),
-        f"LayerSkip e={static.exit_layer} d={static.speculation}": decoder(
-            lm, lede_env.LayerSkip(static.exit_layer, static.speculation), n
-        ),
-        "LEDE": decoder(lm, lede_env.Lede(lede_env.load_policy(args.policy)), n),
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """So many prompts, evenly over the list and so over its tasks."""
+    return prompts[:: max(1, len(prompts) // count)][:count]
+
+
+def compare(
+    args: Args, temperature: float, reference, validation: list[Prompt], test: list[Prompt], console: Console
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of one temperature, and what the sweeps found."""
+    lm = lede_env.load_model("tiny", device="cpu")
+    policy = lede_env.load_policy(args.policy)
+    costs = {MACHINE: measure("tiny", device="cpu")}
+    bench = Bench(lm, policy, args.max_new_tokens, temperature, args.seed, costs, console)
+    early, early_grid = best_early_exit(args, temperature, reference, bench.tokens(validation)[0], console)
+    trials = search(bench, ["layerskip"], validation, args.finalists, args.repeats)["layerskip"]
+    static = best(trials, MACHINE)
+    peer = {
+        "transformers": None,
+        f"transformers, assistant_early_exit={DEFAULTS[0]} (defaults)": DEFAULTS,
+        "transformers, assistant_early_exit={}, best: {} tokens, threshold {}".format(*early): early,
     }
-    timings = time_methods(methods, prompts, args.repeats, console)
-    rows = table(timings)
-    print_table(f"greedy, embedded model, float32, batch 1, {args.threads} threads", rows, console)
-    about = {
-        "command": " ".join(["python -m benchmarks.cpu_speed", *sys.argv[1:]]),
-        **machine(),
-        **{k: str(v) for k, v in vars(args).items()},
+    methods: dict[str, Method] = {
+        name: transformers_method(args, temperature, reference, setting) for name, setting in peer.items()
     }
-    different = differences(timings)
-    write_results(args.out, "cpu_speed", rows, {**about, "texts unlike those of transformers": different})
-    console.print(f"texts unlike those of transformers: {different}; written to {args.out}")
+    own = {
+        "Autoregressive": lede_env.Autoregressive(),
+        f"LayerSkip {setting(static)}": static,
+        "LEDE": lede_env.Lede(policy),
+    }
+    methods |= {name: bench.player(strategy) for name, strategy in own.items()}
+    timings = time_methods(methods, bench.tokens(test)[0], args.repeats, console)
+    sweeps = {
+        "assistant_early_exit (layer, tokens, threshold): tokens/s": early_grid,
+        "LayerSkip: modelled speedup, tokens/s of the finalists": {
+            setting(trial.strategy): [round(trial.modelled[MACHINE], 3), trial.tokens_per_second] for trial in trials
+        },
+    }
+    if temperature == 0.0:
+        sweeps["texts unlike those of transformers"] = differences(timings)
+    return [{"T": temperature, **row} for row in table(timings)], sweeps
 
 
-def transformers_method(model, max_new_tokens: int, early_exit: tuple[int, int, float] | None = None) -> Method:
-    """transformers' greedy generate; early_exit: (exit layer, draft tokens, confidence threshold)."""
+def transformers_method(
+    args: Args, temperature: float, model, early_exit: tuple[int, int, float] | None = None
+) -> Method:
+    """transformers' own generate; early_exit: (exit layer, draft tokens, confidence threshold)."""
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    if early_exit is not None:
+        options["assistant_early_exit"] = early_exit[0]
 
-    def decode(prompt: list[int]):
-        ids = torch.tensor([prompt])
-        options = {}
-        if early_exit is not None:
-            layer, tokens, threshold = early_exit
-            # Passed to generate() these two are ignored; on the generation config they count.
-            model.generation_config.num_assistant_tokens = tokens
-            model.generation_config.assistant_confidence_threshold = threshold
-            options = {"assistant_early_exit": layer}
+    def decode(prompt: tuple[int, list[int]]):
+        index, tokens = prompt
+        torch.manual_seed(derive_seed(args.seed, index))
+        if early_exit is not None:  # passed to generate() these two are ignored; on the generation config they count
+            model.generation_config.num_assistant_tokens = early_exit[1]
+            model.generation_config.assistant_confidence_threshold = early_exit[2]
+        ids = torch.tensor([tokens])
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **options
             )
-        return out[0, len(prompt) :].tolist(), None
+        return out[0, len(tokens) :].tolist(), None
 
     return decode
 
 
-def best_early_exit(args: Args, model, prompts: list[list[int]], console: Console) -> tuple[int, int, float]:
-    """The fastest assistant_early_exit setting on validation prompts."""
-    grid = list(itertools.product((2, 3, 4, 6), (3, 5, 8), (0.0, 0.4, 0.6)))
-    methods = {repr(setting): transformers_method(model, args.max_new_tokens // 2, setting) for setting in grid}
-    timings = time_methods(methods, prompts, 1, console)
-    return max(grid, key=lambda setting: timings[repr(setting)].tokens_per_second)
+def best_early_exit(
+    args: Args, temperature: float, model, prompts: list[tuple[int, list[int]]], console: Console
+) -> tuple[tuple[int, int, float], dict[str, list[float]]]:
+    """The fastest assistant_early_exit setting, all timed once and the best few again, and every timing's tokens/s."""
+
+    def timed(settings, prompts, repeats) -> dict[tuple[int, int, float], float]:
+        methods: dict[str, Method] = {str(s): transformers_method(args, temperature, model, s) for s in settings}
+        timings = time_methods(methods, prompts, repeats, console)
+        return {s: timings[str(s)].tokens_per_second for s in settings}
+
+    first = timed(GRID, prompts[::2], 1)
+    again = timed(sorted(first, key=lambda s: -first[s])[: args.finalists], prompts, args.repeats)
+    grid = {str(s): [round(rate, 1), *([round(again[s], 1)] if s in again else [])] for s, rate in first.items()}
+    return max(again, key=lambda s: again[s]), grid
 
 
-def table(timings: dict[str, Timing]) -> list[dict]:
+def table(timings: dict[str, Timing]) -> list[dict[str, Any]]:
     peers = list(timings)
-    reference, best_peer = timings[peers[0]], max((timings[p] for p in peers[1:3]), key=lambda t: t.tokens_per_second)
-    own, static = timings["Autoregressive"], timings[peers[4]]
+    best_peer = max(peers[1:3], key=lambda name: timings[name].tokens_per_second)
+    bases = {
+        "over transformers": peers[0], "over best early exit": best_peer,
+        "over Autoregressive": peers[3], "over LayerSkip": peers[4],
+    }  # fmt: skip
     rows = []
     for name, timing in timings.items():
-        against, low, high = speedup_interval(own, timing)
-        counts = timing.counts
-        nothing = float("nan")
-        rows.append(
-            {
-                "method": name,
-                "tokens/s": timing.tokens_per_second,
-                "over transformers": speedup_interval(reference, timing)[0],
-                "over best early exit": speedup_interval(best_peer, timing)[0],
-                "over Autoregressive": against,
-                "95 % interval": f"{low:.2f} to {high:.2f}",
-                "over LayerSkip": speedup_interval(static, timing)[0],
-                "E": counts.E if counts.drafted else nothing,
-                "d": counts.d if counts.drafted else nothing,
-                "acceptance": counts.acceptance if counts.drafted else nothing,
-                "repeated 8-grams": timing.repeated,
-            }
-        )
+        row: dict[str, Any] = {"method": name, "tokens/s": timing.tokens_per_second}
+        for column, base in bases.items():
+            row[column], low, high = speedup_interval(timings[base], timing)
+            row[f"{column}, 95 %"] = f"{low:.2f} to {high:.2f}"
+        counts, drafts = timing.counts, timing.counts.drafted > 0
+        row |= {metric: getattr(counts, metric) if drafts else float("nan") for metric in ("E", "d", "acceptance")}
+        rows.append({**row, "repeated 8-grams": timing.repeated})
     return rows
 
 

@@ -15,7 +15,7 @@ from lede_env.data import trace_file
 from lede_env.data.trace_file import ARRAYS, QUANTUM, Trace, load_trace, relabel
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
 from lede_env.engine.lookup import Lookup
-from lede_env.engine.signals import DRAFT_FEATURES, EXIT_FEATURES, compute_features, raw_signals, trace_feature
+from lede_env.engine.signals import EXIT_FEATURES, compute_features, raw_signals, trace_feature
 from lede_env.envs.backends import LiveBackend
 from lede_env.envs.trace_backend import TraceBackend, check_model, check_prompts
 from lede_env.errors import LedeError
@@ -89,7 +89,7 @@ def logits_after(lm, session, token, layers):
 
 
 def branch_by_drafting(lm, ids, layer, sampling, seed, room):
-    """Tokens, raw signals and matches of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
+    """Tokens, raw signals, matches of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
     tokens, raw, matches, draws = [], [], [], Draws(seed)
     with torch.inference_mode():
         session = lm.session(1, len(ids) + room)
@@ -251,7 +251,8 @@ def test_a_trace_without_branches_is_a_trace(tmp_path, lm):
     short = record_trace(lm, PROMPTS[:1], (5,), 1, Sampling(), 0)
     empty = replace(
         short, drafts=short.targets[:, None], accepted=np.ones_like(short.accepted), branch=np.full((2, 1), -1),
-        accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 12)), branch_match=[],
+        accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 12)),
+        branch_match=[],
     )  # fmt: skip
     empty.save(tmp_path / "a.h5")
     assert load_trace(tmp_path / "a.h5").digest == empty.digest

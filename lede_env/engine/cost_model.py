@@ -139,18 +139,23 @@ def measure(model: str = "tiny", device: str = "auto", context: int = 256, repea
 
 
 def _decision(lm) -> Callable[[], object]:
-    """One decision as the decoder makes it: a row of logits to signals, features, and a policy's answer."""
+    """One decision as the decoder makes it: a row of logits to signals, features, and the policy's answer.
+
+    The policy is the one that ships with the model, else a network of two layers of 64 on the extended features.
+    """
     import torch
 
+    from lede_env.engine.lookup import Lookup
     from lede_env.engine.signals import EXIT_FEATURES, Signals
-    from lede_env.policies import MLPPolicy
+    from lede_env.policies import MLPPolicy, load_policy
 
-    policy = MLPPolicy.random(EXIT_FEATURES, seed=0)
+    policy = load_policy("tiny") if lm.weights == "embedded" else MLPPolicy.random(EXIT_FEATURES, seed=0)
     logits = torch.randn(lm.geometry.vocab, device=lm.device)
+    lookup = Lookup([token % 50 for token in range(256)])
 
     def decide():
-        signals = Signals(logits, 1, lm.n_layers, 0, DRAFT_CAP)
-        return policy.advantage(signals.inputs(EXIT_FEATURES)) > 0.0
+        signals = Signals(logits, 1, lm.n_layers, 0, DRAFT_CAP, 0.0, lookup.guess())
+        return policy.advantage(signals.inputs(policy.features)) > 0.0
 
     return decide
 
