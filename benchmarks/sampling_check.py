@@ -27,6 +27,7 @@ import lede_env
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.cli import progress_bar
 from lede_env.decoding import generate as decoder
+from lede_env.decoding import rounds
 from lede_env.decoding.strategies import STRATEGIES, Control, LayerSkip, Strategy
 from lede_env.engine import acceptance
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, speculative_matches
@@ -172,7 +173,7 @@ def drop_low_confidence(sampling: Sampling) -> Iterator[Strategy]:
             outcomes += speculative_matches([row[:kept]], own_p[: kept + 1], [own_q[:kept]], [own])
         return outcomes
 
-    with patch.object(decoder, "speculative_matches", match):
+    with patch.object(rounds, "speculative_matches", match):
         yield LayerSkip(1, 1)
 
 

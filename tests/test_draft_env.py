@@ -23,7 +23,7 @@ from lede_env.data.trace_file import load_trace, text_digest
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cost_model import load_cost_model
 from lede_env.engine.signals import DRAFT_FEATURES
-from lede_env.envs import draft_mdp
+from lede_env.envs import source, trace_backend
 from lede_env.envs.texts import draw_key, draw_texts
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, load_prompts
@@ -89,9 +89,14 @@ class Small:
 
 @pytest.fixture
 def small(small_setup, monkeypatch):
-    monkeypatch.setattr(draft_mdp, "load_model", lambda *_, **__: small_setup.lm)
-    monkeypatch.setattr(draft_mdp, "load_prompts", lambda *_, **__: small_setup.prompts)
-    monkeypatch.setattr(draft_mdp, "text_digest", lambda ids: text_digest(str(ids)))
+    monkeypatch.setattr(source, "load_model", lambda *_, **__: small_setup.lm)
+    monkeypatch.setattr(
+        source,
+        "load_prompts",
+        lambda task, split: small_setup.prompts if task == "lm" else load_prompts(task, split),
+    )
+    for module in (source, trace_backend):
+        monkeypatch.setattr(module, "text_digest", lambda ids: text_digest(str(ids)))
     return small_setup
 
 

@@ -24,7 +24,7 @@ from gymnasium.wrappers.vector import DictInfoToList
 import lede_env
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import SHIPPED, load_cost_model
-from lede_env.envs import exit_mdp
+from lede_env.envs import source
 from lede_env.envs.backends import LiveBackend
 from lede_env.envs.texts import draw_texts
 from lede_env.errors import LedeError
@@ -35,7 +35,7 @@ ID = "LEDE-Tiny-v0"
 TOKENS = 6
 OPTIONS = dict(task="parse", max_new_tokens=TOKENS, features="extended", device="cpu")
 LAYERS = gym.spec(ID).kwargs["candidate_layers"]  # of 16
-FEATURES = ("confidence", "entropy", "trace", "layer", "margin", "top1")
+FEATURES = ("confidence", "entropy", "trace", "layer", "margin", "top1", "match", "echo")
 EXIT_KEYS = {"exit_layer", "draft_token", "target_token", "accepted"}
 ACTION_KEYS = {"cost", "discount", "forced", "reward_terms", *EXIT_KEYS}
 
@@ -75,7 +75,7 @@ def early_eos(monkeypatch, walks):
     seen = {token: sum(token in text for text in texts) for text in texts for token in text[1:-1]}
     eos = min(seen, key=lambda token: (abs(seen[token] - len(texts) / 2), token))
     lm = lede_env.load_model("tiny", device="cpu")
-    monkeypatch.setattr(exit_mdp, "load_model", lambda *_, **__: replace(lm, eos_ids=(eos,)))
+    monkeypatch.setattr(source, "load_model", lambda *_, **__: replace(lm, eos_ids=(eos,)))
     return eos
 
 
@@ -146,9 +146,19 @@ def reference():
     return log_probabilities
 
 
+def what_followed(ids):
+    """(token, share): what followed the last n tokens where they last stood, at least 12 tokens back; n of 8, 4, 2."""
+    for n in (8, 4, 2):
+        for place in range(len(ids) - 12, n - 1, -1):
+            if ids[place - n : place] == ids[-n:]:
+                return ids[place], n / 8
+    return None, 0.0
+
+
 def test_observations_and_tokens_equal_transformers(walks, reference):
     lm = lede_env.load_model("tiny", device="cpu")
     prompts = {prompt.id: prompt.text for prompt in load_prompts("parse", "train")}
+    guessed = 0
     for name, steps in walks.items():
         ids = lm.encode(prompts[name])
         text = [step.info["target_token"] for step in steps if "target_token" in step.info]
@@ -158,6 +168,8 @@ def test_observations_and_tokens_equal_transformers(walks, reference):
             p, full = log_p[layer, at], log_p[16, : at + 1]
             best = p.topk(5).values
             window = -full[max(at - 8, 0) : at].max(-1).values
+            guess, match = what_followed(ids + text[:at])
+            guessed += guess is not None
             expected = [
                 -best.mean(),
                 -(p.exp() * p).sum(),
@@ -165,11 +177,14 @@ def test_observations_and_tokens_equal_transformers(walks, reference):
                 layer / 16,
                 best[0] - best[1],
                 -best[0],
+                match,
+                30.0 if guess is None else min(best[0] - p[guess], 30.0),
             ]
             np.testing.assert_allclose(step.observation, np.array(expected, np.float32), atol=1e-4)
             if step.info["discount"] == 0:
                 assert step.info["draft_token"] == p.argmax() and step.info["target_token"] == full[-1].argmax()
                 assert step.info["accepted"] == (p.argmax() == full[-1].argmax())
+    assert guessed
 
 
 def test_rewards_and_infos_follow_the_documented_rules(walks):
@@ -220,12 +235,12 @@ def test_reset_info_and_rendering():
     expected = dict(token_index=0, layer=LAYERS[0], cost=0.0, discount=1.0, forced=False, reward_terms=zeros)
     assert info == {"prompt_id": "parse/0003", **expected}
     first, second, *more = LAYERS
-    assert env.render() == f"token    0  layers [{first}] {second} {' '.join(map(str, more))} of 16"
+    assert env.render().splitlines()[0] == f"token    0  layers [{first}] {second} {' '.join(map(str, more))} of 16"
     env.step(0)
     assert f"{first} [{second}] " in env.render()
     env.step(1)
     last = rf"token    1  layers \[{first}\] .*last exit: layer {second}, (accepted|rejected)"
-    assert re.fullmatch(last, env.render())
+    assert re.fullmatch(last, env.render().splitlines()[0])
     assert make().render() is None
 
 
@@ -539,7 +554,7 @@ def test_candidate_layers_may_be_numpy_integers():
 
 
 def test_a_backend_has_no_position_past_the_end(early_eos):
-    lm = exit_mdp.load_model("tiny")
+    lm = source.load_model("tiny")
     prompts = load_prompts("parse", "train")[:8]
     backend = LiveBackend(lm, prompts, 9, TOKENS, Sampling(), LAYERS, ("entropy",))
     backend.start_many(np.arange(8), np.arange(8), np.zeros(8, np.int64))

@@ -18,12 +18,13 @@ import pytest
 from lede_env import cli
 from lede_env.data.trajectory_file import COLUMNS, read_trajectories
 from lede_env.engine import cost_model
+from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.errors import LedeError
 from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
 from lede_env.recording import episode_seed, make_player_envs, policy_digest, prompt_of, record
 from tests.small_models import untrained_policy
 
-ID = "LEDE-Tiny-v0"
+ID, DRAFT_ID = "LEDE-Tiny-v0", "LEDE-Tiny-Draft-v0"
 LAYERS = gym.spec(ID).kwargs["candidate_layers"]
 EPISODES, SEED = 6, 3
 OPTIONS = dict(task="parse", max_new_tokens=5, device="cpu")
@@ -77,12 +78,46 @@ def test_a_file_replays_step_by_step(recorded):
     assert {0, 1} == set(recorded["actions"].tolist()) and recorded["forced"].any()
 
 
+def test_a_draft_file_replays_step_by_step(tmp_path, tiny):
+    policy = untrained_policy(tiny, mdp="draft")
+    options = {**OPTIONS, "max_new_tokens": 8, "reward": "throughput"}
+    record(DRAFT_ID, RandomPolicy(0.7), 4, tmp_path / "a.h5", seed=SEED, num_envs=3, **options)
+    recorded = read_trajectories(tmp_path / "a.h5")
+    assert recorded.attributes["mdp"] == "draft" and recorded.attributes["features"] == list(DRAFT_FEATURES)
+    env = gym.make(DRAFT_ID, features="extended", **options).unwrapped
+    starts = [*recorded["episode_starts"].tolist(), recorded.n_rows]
+    for number in range(recorded.n_episodes):
+        prompt = prompt_of(SEED, number, len(env.prompt_ids))
+        reset = dict(seed=episode_seed(SEED, number), options={"prompt_id": env.prompt_ids[prompt]})
+        observation, info = env.reset(**reset)
+        for row in range(starts[number], starts[number + 1]):
+            action = recorded["actions"][row]
+            following, reward, terminated, truncated, outcome = env.step(action)
+            np.testing.assert_allclose(recorded["observations"][row], observation, atol=1e-4)
+            expected = {
+                "rewards": reward, "terminals": terminated, "timeouts": truncated, "discount": outcome["discount"],
+                "layer": info["layer"], "phase": info["phase"], "token_index": info["token_index"],
+                "prompt_id": prompt, "accepted": outcome.get("accepted", -1), "forced": False,
+                "behaviour_logprob": np.log(0.7 if action else 0.3), "cost": outcome["cost"],
+            }  # fmt: skip
+            assert {"observations", "actions", *expected} == COLUMNS.keys()
+            for name, value in expected.items():
+                assert recorded[name][row] == pytest.approx(COLUMNS[name].type(value), rel=1e-6), (name, row)
+            observation, info = following, outcome
+        assert terminated or truncated
+    assert {1, 2} == set(recorded["phase"].tolist()) and recorded["accepted"].max() > 1
+    held = record(DRAFT_ID, policy, 1, tmp_path / "b.h5", **options)  # one trained on the draft MDP fits
+    assert held[0] == 1
+    with pytest.raises(LedeError, match=r"\['phase', 'position'\] missing"):
+        record(ID, policy, 1, tmp_path / "c.h5", **OPTIONS)
+
+
 def test_the_header_says_what_was_recorded(recorded):
     said = recorded.attributes
     assert (said["env_id"], said["seed"], said["mdp"]) == (ID, SEED, "exit")
     assert said["policy"] == "RandomPolicy(p=0.5, features=())"
     assert said["candidate_layers"] == list(LAYERS) and said["task"] == "parse" and said["max_new_tokens"] == 5
-    assert said["features"] == ["confidence", "entropy", "trace", "layer", "margin", "top1"]
+    assert said["features"] == ["confidence", "entropy", "trace", "layer", "margin", "top1", "match", "echo"]
     assert {"model_fingerprint", "environment_hash", "software", "temperature", "reward_kwargs"} <= said.keys()
     assert not {"device", "backend"} & said.keys()
 

@@ -328,6 +328,7 @@ def test_hover_shows_and_leaving_restores(open_page, data):
     assert details.inner_text() == before
     rejected = page.locator("#rounds .rejected")
     assert rejected.count() == sum(len(r["drafts"]) - r["accepted"] for r in data["rounds"]) > 0
+    rejected.first.scroll_into_view_if_needed()
     box = rejected.first.bounding_box()
     page.mouse.move(box["x"] + 5, box["y"] + 5)
     assert "rejected" in details.inner_text()

@@ -10,9 +10,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.errors import LedeError
@@ -26,6 +27,7 @@ class CostModel:
 
     name: str
     model: str
+    weights: str  # "embedded", "checkpoint", "twin" or "random": what was run
     device: str
     dtype: str
     n_layers: int
@@ -103,30 +105,40 @@ def load_cost_model(name: str) -> CostModel:
         ) from error
 
 
-def measure(model: str = "tiny", device: str = "auto", context: int = 256, repeats: int = 100) -> CostModel:
+def measure(
+    model: str = "tiny",
+    device: str = "auto",
+    *,
+    weights: Literal["auto", "random"] = "auto",
+    context: int = 256,
+    repeats: int = 100,
+) -> CostModel:
     """Time a layer, a head and a decision on this machine: medians, warmed, synchronised.
 
-    The pieces take turns, repeat by repeat, so that a busy moment hits all alike.
+    The pieces take turns, repeat by repeat, so that a busy moment hits all alike. On CUDA each is captured as a graph
+    and replayed, as an engine without launch overhead would run it, with one host sync a decision.
     """
     import torch
 
     from lede_env.models.loading import load_model
+    from lede_env.models.random_weights import random_model
 
-    lm = load_model(model, device=device)
+    lm = random_model(model, device=device) if weights == "random" else load_model(model, device=device)
+    on_gpu = lm.device.type == "cuda"
     widths = range(1, DRAFT_CAP + 2)
     with torch.inference_mode(), lm.session(1, context + len(widths), len(widths)) as session:
         session.prefill(0, [token % lm.geometry.vocab for token in range(context)])
-        pieces = {"decision": _decision(lm)}
+        pieces = {"decision": _device_decision(lm) if on_gpu else _decision(lm)}
         for width in widths:
             x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
             span = session.cache.span([0], [context], width)
             pieces[f"layer {width}"] = lambda x=x, s=span: lm.run(x, session.cache, s, 0, lm.n_layers)
-            pieces[f"head {width}"] = lambda x=x: lm.logits(x[0]).argmax(-1).tolist()
-        seconds = _medians(pieces, repeats, lm.device)
-    on_gpu = lm.device.type == "cuda"
+            pieces[f"head {width}"] = lambda x=x: lm.logits(x[0]).argmax(-1)
+        seconds = _medians({name: _captured(call) for name, call in pieces.items()} if on_gpu else pieces, repeats)
     return CostModel(
         name=f"{lm.name}-{lm.device.type}",
         model=lm.name,
+        weights=lm.weights,
         device=torch.cuda.get_device_name(lm.device) if on_gpu else _cpu(torch.get_num_threads()),
         dtype=str(lm.dtype).removeprefix("torch."),
         n_layers=lm.n_layers,
@@ -160,17 +172,54 @@ def _decision(lm) -> Callable[[], object]:
     return decide
 
 
-def _medians(pieces: dict[str, Callable[[], object]], repeats: int, device) -> dict[str, float]:
-    """Median seconds of each piece, after five rounds of warming up."""
+def _device_decision(lm) -> Callable[[], object]:
+    """The same on the device, to be captured: all signals and a network of two layers of 64."""
     import torch
 
+    from lede_env.engine.signals import INPUTS, RAW, raw_signals
+
+    logits = torch.randn(1, lm.geometry.vocab, device=lm.device)
+    guess = torch.zeros(1, dtype=torch.long, device=lm.device)
+    context = torch.zeros(1, INPUTS - RAW, device=lm.device)
+    network = [torch.randn(n, m, device=lm.device) for n, m in ((INPUTS, 64), (64, 64), (64, 1))]
+
+    def decide():
+        x = torch.cat([raw_signals(logits, guess), context], dim=-1)
+        for matrix in network[:-1]:
+            x = (x @ matrix).relu_()
+        return x @ network[-1] > 0
+
+    return decide
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A call as a CUDA graph: replays it, and waits for its end."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def _medians(pieces: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each piece, after five rounds of warming up."""
     samples: dict[str, list[float]] = {name: [] for name in pieces}
     for repeat in range(repeats + 5):
         for name, call in pieces.items():
             begin = time.perf_counter()
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             if repeat >= 5:
                 samples[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times) for name, times in samples.items()}
@@ -186,16 +235,26 @@ def _cpu(threads: int) -> str:
     return f"{names[0] if names else platform.machine()}, {threads} threads"
 
 
-def main(model: str = "tiny", device: str = "auto", repeats: int = 100, out: Path | None = None) -> None:
+def main(
+    model: str = "tiny",
+    device: str = "auto",
+    weights: Literal["auto", "random"] = "auto",
+    name: str | None = None,
+    repeats: int = 100,
+    out: Path | None = None,
+) -> None:
     """Measure a cost model on this machine and write it as JSON.
 
     Args:
         model: name, hub id or folder of the model.
         device: "auto", "cpu" or "cuda".
+        weights: "random" for weights of the model's shape that say nothing: times need no more.
+        name: what the cost model is called; by default MODEL-DEVICE.
         repeats: timings of each piece; the median counts.
         out: file to write; by default NAME.json in the current folder.
     """
-    found = measure(model, device, repeats=repeats)
+    found = measure(model, device, weights=weights, repeats=repeats)
+    found = replace(found, name=name or found.name)
     path = out or Path(f"{found.name}.json")
     path.write_text(json.dumps(asdict(found), indent=1) + "\n")
     print(f"{path}: layer {found.layer[1] * 1e3:.3f} ms, head {found.head[1] * 1e3:.3f} ms, "
