@@ -165,6 +165,21 @@ def row_of(contender: Contender, rates: list[float], processes: int = 1) -> dict
     }
 
 
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the figures are judged by, where they were taken: of one process, the paper's features."""
+    own = [row for row in rows if row["processes"] == 1 and row["features"] != "extended"]
+    rate = {(row["environment"], row["form"].split()[0]): row["steps/s"] for row in own}
+    found = {}
+    for mdp in IDS:
+        for kind, form, beside in (("live", "vector", (f"{mdp} MDP, live", "single")),
+                                   ("trace", "vector", ("CartPole", "vector")),
+                                   ("trace", "single", ("CartPole", "single"))):  # fmt: skip
+            this = (f"{mdp} MDP, {kind}", form)
+            if this in rate and beside in rate:
+                found[f"{', '.join(this)} over {', '.join(beside)}"] = round(rate[this] / rate[beside], 2)
+    return found
+
+
 def main(args: Args) -> None:
     console = Console()
     found = contenders(args)
@@ -179,6 +194,7 @@ def main(args: Args) -> None:
         "measured": f"random actions, info included; median of {args.repeats} repeats, environments in turn",
         "trace": args.trace or "the one that ships",
         "command": "python -m benchmarks.env_throughput",
+        **ratios(rows),
     }
     write_results(args.out or RESULTS / args.device, "env_throughput", rows, about)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -108,7 +111,6 @@ def sample(
     seed: int,
     new_tokens: int = 16,
     batch: int = 1024,
-    advance: Callable[[int], Any] = lambda done: None,
 ) -> tuple[np.ndarray, Counts]:
     """(sequences, CHECKED) first tokens of texts of `new_tokens`, decoded in batches, and the counts of all rounds."""
     texts, counts = [], Counts()
@@ -125,7 +127,6 @@ def sample(
         for out in outs:
             texts.append(out.token_ids[:CHECKED])
             counts.merge(out.counts)
-        advance(len(outs))
     return np.array(texts), counts
 
 
@@ -220,47 +221,52 @@ BROKEN: dict[str, Callable[[Sampling], AbstractContextManager[Strategy]]] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     """Check the distribution of sampled text, for every strategy at every setting of the grid."""
 
     sequences: int = 50_000  # texts of each strategy at each setting; a fifth for the wrong rules
     new_tokens: int = 16  # of each text
     batch: int = 1024
+    processes: int = 1  # checks run side by side; the verdicts do not depend on it
     seed: int = 0
     out: Path = RESULTS / "cpu"  # folder for sampling_check.csv, .md and .json
 
 
 def main(args: Args) -> int:
     console = Console()
-    torch.set_num_threads(1)  # a small model: more threads only spin
-    lm, model = small_model()
-    strategies = [strategy for name in STRATEGIES for strategy in instances(name)]
-    rows = []
-    with progress_bar(console) as bar:
-        each = len(strategies) * args.sequences + len(BROKEN) * (args.sequences // 5)
-        task = bar.add_task("sampling", total=len(GRID) * each)
-
-        def check(name: str, strategy: Strategy, sampling: Sampling, sequences: int, wrong: bool) -> None:
-            seed = derive_seed(args.seed, len(rows))
-            texts, counts = sample(
-                lm, strategy, sampling, sequences, seed, args.new_tokens, args.batch, lambda n: bar.advance(task, n)
-            )
-            rows.append(_row(name, sampling, p_values(texts, joint), counts, sequences, wrong))
-
-        for sampling in GRID:
-            joint = exact_joint(model, sampling)
-            for strategy in strategies:
-                check(shown_strategy(strategy), strategy, sampling, args.sequences, wrong=False)
-            for name, rule in BROKEN.items():
-                with rule(sampling) as strategy:
-                    check(name, strategy, sampling, args.sequences // 5, wrong=True)
+    rules = [
+        *((name, place) for name in STRATEGIES for place in range(len(instances(name)))),
+        *((r, 0) for r in BROKEN),
+    ]
+    checks = [(args, number, setting, *rule) for number, (setting, rule) in enumerate(product(range(len(GRID)), rules))]
+    with progress_bar(console) as bar, ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        rows = list(bar.track(pool.map(check, *zip(*checks, strict=True)), len(checks), description="sampling"))
     print_table("sampled texts against the enumerated distribution", rows, console)
     surprises = sum(row["verdict"] != row["expected"] for row in rows)
     about = {"command": " ".join(["python -m benchmarks.sampling_check", *sys.argv[1:]]), **machine()}
     write_results(args.out, "sampling_check", rows, {**about, "seed": args.seed, "unexpected verdicts": surprises})
     console.print(f"{surprises} of {len(rows)} verdicts are not as expected; written to {args.out}")
     return int(surprises > 0)
+
+
+@cache
+def _known(setting: int) -> tuple[LayeredLM, np.ndarray]:
+    """The model, and the exact joint distribution at a setting of the grid; once a process."""
+    torch.set_num_threads(1)  # a small model: more threads only spin
+    lm, model = small_model()
+    return lm, exact_joint(model, GRID[setting])
+
+
+def check(args: Args, number: int, setting: int, name: str, place: int) -> dict[str, Any]:
+    """One row: the place-th instance of a registered strategy, or a wrong rule, at one setting."""
+    (lm, joint), sampling, wrong = _known(setting), GRID[setting], name in BROKEN
+    sequences = args.sequences // 5 if wrong else args.sequences
+    seed = derive_seed(args.seed, number)
+    with BROKEN[name](sampling) if wrong else nullcontext(instances(name)[place]) as strategy:
+        texts, counts = sample(lm, strategy, sampling, sequences, seed, args.new_tokens, args.batch)
+    shown = name if wrong else shown_strategy(strategy)
+    return _row(shown, sampling, p_values(texts, joint), counts, sequences, wrong)
 
 
 def _row(

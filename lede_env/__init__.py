@@ -25,7 +25,12 @@ _PUBLIC = {
     "load_policy": "lede_env.policies",
     "load_prompts": "lede_env.tasks",
     "SpeculativeExitEnv": "lede_env.envs.exit_env",
-    "load_trace": "lede_env.data.trace_file",
+    "SpeculativeDraftEnv": "lede_env.envs.draft_env",
+    "evaluate": "lede_env.evaluation",
+    "evaluate_oracle": "lede_env.evaluation",
+    "normalized_score": "lede_env.evaluation",
+    "paired_bootstrap": "lede_env.evaluation",
+    "load_trace": "lede_env.data.registry",
     "record_trace": "lede_env.tracing",
     "read_trajectories": "lede_env.data.trajectory_file",
 }

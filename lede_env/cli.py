@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,23 +47,21 @@ def progress_bar(console: Console = console) -> Progress:
 
 
 @app.command
-def envs() -> None:
-    """List the registered environments and what each pins."""
-    from lede_env.registration import ENVIRONMENTS
+def envs(*, json: bool = False) -> None:
+    """List the registered environments and what each pins.
 
-    table = Table("id", "model", "candidate layers", "task", "T", "max new tokens", "features", "reward")
-    for env_id, pinned in ENVIRONMENTS.items():
-        table.add_row(
-            env_id,
-            pinned["model"],
-            " ".join(map(str, pinned["candidate_layers"])),
-            f"{pinned['task']} / {pinned['split']}",
-            f"{pinned['temperature']:g}",
-            str(pinned["max_new_tokens"]),
-            str(pinned["features"]),
-            pinned["reward"],
-        )
-    console.print(table)
+    Args:
+        json: print every pinned value as JSON instead of a table.
+    """
+    from json import dumps
+
+    from lede_env.display.environments import environment_rows, environment_table
+
+    rows = environment_rows()
+    if json:
+        print(dumps(rows, indent=1))
+    else:
+        console.print(environment_table(rows))
 
 
 @app.command
@@ -153,46 +153,70 @@ def compare_strategies(lm: LayeredLM, prompt: str, chosen: Strategy, options: di
 def record(
     *,
     env: str,
-    policy: str,
-    episodes: int,
     out: Path,
-    seed: int = 0,
+    policy: str | None = None,
+    episodes: int | None = None,
     resume: bool = False,
+    trace: bool = False,
+    samples: int = 1,
+    force: bool = False,
+    seed: int = 0,
     num_envs: int = 16,
     task: str | None = None,
+    prompts: Path | None = None,
     split: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     device: str | None = None,
 ) -> None:
-    """Log trajectories of a policy to an HDF5 file.
+    """Log trajectories of a policy to an HDF5 file, or record a trace, from which environments play without the model.
 
     Args:
         env: environment id; see `lede envs`.
-        policy: random, static:LAYER, or the folder of a trained policy.
-        episodes: episodes the file shall hold in the end; one that holds more is left as it is.
         out: the HDF5 file.
-        seed: of the run: prompts, draws and coins.
+        policy: random, static:LAYER, or the folder of a trained policy. Of trajectories, like the next two.
+        episodes: episodes the file shall hold in the end; one that holds more is left as it is.
         resume: go on with a file that a killed or shorter run left.
+        trace: record a trace instead, of every prompt. The next two are for it alone.
+        samples: continuations a prompt, at a temperature above 0.
+        force: replace a trace that exists.
+        seed: of the run: prompts, draws and coins.
         num_envs: sequences decoded together; changes the file by float rounding at most.
-        task: overrides the task the id pins; likewise split, max_new_tokens, temperature and device.
-        split: see task.
+        task: overrides the task the id pins; likewise max_new_tokens, temperature and device.
+        prompts: a .jsonl file of prompts instead of a task.
+        split: overrides the split the id pins; a trace has all splits by default.
         max_new_tokens: see task.
         temperature: see task.
         device: see task.
     """
+    if prompts is not None and task is not None:
+        raise LedeError(f"--prompts {prompts} and --task {task} both say what to continue; give one of them")
+    task = task if prompts is None else str(prompts)
+    given = dict(task=task, split=split, max_new_tokens=max_new_tokens, temperature=temperature, device=device)
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if trace:
+        if policy is not None or episodes is not None or resume:
+            raise LedeError("--trace records all that a policy could do: leave out --policy, --episodes and --resume")
+        record_one_trace(env, overrides, out, samples=samples, seed=seed, lanes=num_envs, force=force)
+        return
+    if policy is None or episodes is None:
+        raise LedeError("lede record needs --policy and --episodes, or --trace")
+    if force or samples != 1:
+        raise LedeError("--force and --samples are for --trace; trajectories go on with a file by --resume")
+    record_trajectories(env, overrides, out, policy, episodes, seed=seed, resume=resume, num_envs=num_envs)
+
+
+def record_trajectories(
+    env: str, overrides: dict[str, Any], out: Path, policy: str, episodes: int, **options: Any
+) -> None:
+    """`lede record`: log a policy's episodes."""
+    from lede_env.models.zoo import MODELS
     from lede_env.policies import parse_policy
     from lede_env.recording import record as record_episodes
     from lede_env.registration import pinned
 
-    spec = pinned(env)
-    given = dict(task=task, split=split, max_new_tokens=max_new_tokens, temperature=temperature, device=device)
-    overrides = {name: value for name, value in given.items() if value is not None}
-    layers = spec["candidate_layers"]
-    from lede_env.models.loading import load_model
-
-    lm = load_model(spec["model"], device=device or "auto")
-    actor = parse_policy(policy, lm.n_layers, layers)
+    config = pinned(env)
+    actor = parse_policy(policy, MODELS[config.model].n_layers, config.candidate_layers)
     with progress_bar() as bar:
         task_id = bar.add_task(f"recording {policy} on {env}", total=episodes)
         held, rows = record_episodes(
@@ -200,14 +224,50 @@ def record(
             actor,
             episodes,
             out,
-            seed=seed,
-            resume=resume,
-            num_envs=num_envs,
             policy_name=policy,
             progress=lambda done: bar.update(task_id, completed=done, total=max(done, episodes)),
+            **options,
             **overrides,
         )
     console.print(f"{out}: {held} episodes, {rows} transitions", markup=False)
+
+
+def record_one_trace(
+    env: str, overrides: dict[str, Any], out: Path, *, samples: int, seed: int, lanes: int, force: bool
+) -> None:
+    """`lede record --trace`: record a trace."""
+    from lede_env.registration import ids_of, pinned
+
+    config = replace(pinned(env), **{"split": "all", **overrides})
+    if config.weights == "twin":
+        raise LedeError(f"a twin plays the embedded model's trace; record one with --env {ids_of('tiny', 'auto')[0]}")
+    if out.is_dir() or (out.exists() and not force):
+        raise LedeError(f"{out} exists; pass --force to replace it" if out.is_file() else f"{out} is a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the recording
+
+    from lede_env.engine.acceptance import Sampling
+    from lede_env.envs.source import load_weights
+    from lede_env.tasks import load_prompts
+    from lede_env.tracing import record_trace
+
+    prompts = load_prompts(config.task, config.split)
+    lm = load_weights(config)
+    with progress_bar() as bar:
+        task_id = bar.add_task(f"tracing {env}", total=len(prompts) * samples)
+        trace = record_trace(
+            lm,
+            prompts,
+            config.candidate_layers,
+            config.max_new_tokens,
+            Sampling(config.temperature, config.top_k, config.top_p),
+            seed,
+            samples=samples,
+            lanes=lanes,
+            command=shlex.join(["lede", *sys.argv[1:]]),
+            progress=lambda done: bar.update(task_id, completed=done),
+        )
+        trace.save(out)
+    console.print(f"{out}: {len(prompts)} prompts x {samples}, {len(trace.targets)} positions", markup=False)
 
 
 @app.command

@@ -65,6 +65,7 @@ def _play_wave(
 ) -> Iterator[tuple[int, Episode]]:
     prompts, steps = np.zeros(len(playing), np.int64), np.zeros(len(playing), np.int64)
     observations, infos = _start(envs, playing, prompts, seed)
+    ones = np.ones(len(playing), bool)  # the exit MDP has but one phase, the draft MDP forces nothing
     history: list[dict[str, np.ndarray]] = []  # the steps of all environments, a row each
     episodes: dict[int, Episode] = {}
     while (playing >= 0).any():
@@ -73,9 +74,9 @@ def _play_wave(
         row = {
             "observations": observations, "actions": actions, "rewards": rewards, "terminals": terminals,
             "timeouts": timeouts, "discount": outcome["discount"], "layer": infos["layer"],
-            "phase": np.ones(len(steps)), "token_index": infos["token_index"], "prompt_id": prompts,
-            "accepted": np.where(outcome["_accepted"], outcome["accepted"], -1), "forced": outcome["forced"],
-            "behaviour_logprob": logprobs, "cost": outcome["cost"],
+            "phase": infos.get("phase", ones), "token_index": infos["token_index"], "prompt_id": prompts,
+            "accepted": np.where(outcome["_accepted"], outcome["accepted"], -1),
+            "forced": outcome.get("forced", ~ones), "behaviour_logprob": logprobs, "cost": outcome["cost"],
         }  # fmt: skip
         history.append(row)
         steps += playing >= 0
@@ -200,7 +201,7 @@ def record(
             core.attributes["model_fingerprint"],
             core.attributes["candidate_layers"],
             core.features,
-            "exit",
+            core.attributes["mdp"],
         )
         attributes = run_attributes(
             envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy), policy_digest=policy_digest(policy)

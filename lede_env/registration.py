@@ -1,37 +1,81 @@
-"""The one table of environment ids. After a release, changing a pinned value means a new -vN."""
+"""The one table of environment ids. After a release, changing a pinned value means a new -vN.
+
+`LEDE-<model>-v0` is the exit MDP, `LEDE-<model>-Draft-v0` the draft MDP, and `-Twin` after the model its geometry twin.
+Every pinned value is an argument of `gym.make`; other temperatures are arguments, not ids. With `backend="trace"` and
+no `trace`, an id plays the shipped trace of its model at its temperature (`lede_env.data.registry`).
+
+Episodes end by themselves: `max_new_tokens` truncates them, so no spec has `max_episode_steps`, which would be a
+`TimeLimit` in steps around every environment. No spec has a `reward_threshold`: none is known yet.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import gymnasium as gym
 
+from lede_env.envs.draft_config import DraftConfig
 from lede_env.envs.exit_config import ExitConfig
 from lede_env.errors import LedeError
+from lede_env.models.zoo import MODELS
 
-# Environment id -> every value it pins.
-ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "LEDE-Tiny-v0": asdict(ExitConfig(model="tiny", candidate_layers=(3, 4, 6, 8), cost_model="tiny-cpu")),
+# Zoo name -> its name in ids, the cost model, and rho of the draft MDP: the rate, in tokens per autoregressive step,
+# of the best static setting on the training prompts, by that cost model. None: not known yet.
+_MODELS: dict[str, tuple[str, str, float | None]] = {
+    "tiny": ("Tiny", "tiny-cpu", 2.1),  # rho: by hand, to be recomputed from the shipped trace
+    "llama3.2-1b": ("Llama3.2-1B", "llama3.2-1b-h200", None),
+    "llama2-7b": ("Llama2-7B", "llama2-7b-h200", None),
+    "llama2-13b": ("Llama2-13B", "llama2-13b-h200", None),
+    "codellama-7b": ("CodeLlama-7B", "codellama-7b-h200", None),
+    "codellama-34b": ("CodeLlama-34B", "codellama-34b-h200", None),
 }
 
 
-def pinned(env_id: str) -> dict[str, Any]:
-    """The arguments an id pins."""
+def _table() -> dict[str, ExitConfig]:
+    """Environment id -> every value it pins."""
+    table: dict[str, ExitConfig] = {}
+    for model, (label, cost_model, rho) in _MODELS.items():
+        for twin in ("", "-Twin") if MODELS[model].hub_id else ("",):
+            candidates, weights = MODELS[model].candidate_layers, "twin" if twin else "auto"
+            table[f"LEDE-{label}{twin}-v0"] = ExitConfig(
+                model=model, candidate_layers=candidates, cost_model=cost_model, weights=weights
+            )
+            table[f"LEDE-{label}{twin}-Draft-v0"] = DraftConfig(
+                model=model, candidate_layers=candidates, cost_model=cost_model, weights=weights, rho=rho
+            )
+    return table
+
+
+ENVIRONMENTS = _table()
+
+
+def pinned(env_id: str) -> ExitConfig:
+    """The arguments an id pins; a `DraftConfig` is the draft MDP's."""
     if env_id not in ENVIRONMENTS:
         raise LedeError(f"environment {env_id!r} is unknown; known ids: {', '.join(ENVIRONMENTS)}")
     return ENVIRONMENTS[env_id]
 
 
+def mdp_of(config: ExitConfig) -> str:
+    """ "exit" or "draft"."""
+    return "draft" if isinstance(config, DraftConfig) else "exit"
+
+
+def ids_of(model: str, weights: str) -> list[str]:
+    """The ids of a model of the zoo with its own weights ("auto") or as a "twin"."""
+    return [name for name, config in ENVIRONMENTS.items() if (config.model, config.weights) == (model, weights)]
+
+
 def register_all() -> None:
     """Register every id with Gymnasium; doing it twice is harmless."""
-    for env_id, kwargs in ENVIRONMENTS.items():
+    for env_id, config in ENVIRONMENTS.items():
         if env_id not in gym.registry:
+            mdp = mdp_of(config)
             gym.register(
                 id=env_id,
-                entry_point="lede_env.envs.exit_env:SpeculativeExitEnv",
-                vector_entry_point="lede_env.envs.exit_vector_env:SpeculativeExitVectorEnv",
-                kwargs=kwargs,
+                entry_point=f"lede_env.envs.{mdp}_env:Speculative{mdp.title()}Env",
+                vector_entry_point=f"lede_env.envs.{mdp}_vector_env:Speculative{mdp.title()}VectorEnv",
+                kwargs=asdict(config),
                 disable_env_checker=True,  # it would re-check every step; the tests run check_env
                 order_enforce=False,  # the environment checks for itself, with a clearer message
             )

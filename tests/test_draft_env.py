@@ -469,7 +469,7 @@ def test_without_autoreset_an_ended_episode_sleeps(small):
 def test_rendering(small):
     env = make(**small.traced(), render_mode="ansi")
     env.reset(seed=0)
-    assert env.render() == "token    0  layers [1] 2 4 of 6  draft 1"
+    assert env.render().splitlines()[0] == "token    0  layers [1] 2 4 of 6  draft 1"
     for _ in range(3):
         env.step(0)
     assert "last round: layer 4, " in env.render()

@@ -34,7 +34,7 @@ COLUMNS: dict[str, np.dtype] = {
     "phase": np.dtype("u1"),
     "token_index": np.dtype("<u4"),
     "prompt_id": np.dtype("<u4"),  # index into prompt_ids
-    "accepted": np.dtype("i1"),  # 1 or 0 at an exit, -1 elsewhere
+    "accepted": np.dtype("i1"),  # 1 or 0 at an exit (draft MDP: accepted drafts, at a verification), -1 elsewhere
     "forced": np.dtype("bool"),  # the action had no effect (last candidate)
     "behaviour_logprob": np.dtype("<f4"),  # log-probability of the action under the policy that acted, nats
     "cost": np.dtype("<f4"),  # in autoregressive steps

@@ -16,7 +16,4 @@ class DraftConfig(ExitConfig):
     """
 
     cap: int = DRAFT_CAP  # most drafts a round
-    rho: float | None = (
-        None  # of the reward `throughput`: tokens that an autoregressive step's worth of time must bring
-    )
-    trace: str | None = None  # file of the trace, for backend="trace"
+    rho: float | None = None  # of `throughput`: tokens that an autoregressive step's worth of time must bring

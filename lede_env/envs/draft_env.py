@@ -12,6 +12,19 @@ from gymnasium import spaces
 from lede_env.engine.round import draft_limit
 from lede_env.envs.draft_config import DraftConfig
 from lede_env.envs.draft_mdp import make_draft_mdp
+from lede_env.envs.forking import fork
+from lede_env.envs.rendering import (
+    ACCEPTED,
+    DRAFTED,
+    REJECTED,
+    RENDER_FPS,
+    RENDER_MODES,
+    TARGET,
+    WALKED,
+    Column,
+    Scene,
+    Screen,
+)
 from lede_env.envs.texts import draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
@@ -45,7 +58,7 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution of the draft in view, always at temperature
-    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all eight; a tuple
+    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all ten; a tuple
     of names picks.
 
     | Num | Feature    | Meaning                                                         | Min | Max    |
@@ -56,8 +69,10 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     | 3   | layer      | layers run over all layers, e / L                               | 0   | 1      |
     | 4   | margin     | log p of the best token minus log p of the second               | 0   | 30     |
     | 5   | top1       | -log p of the best token                                        | 0   | 30     |
-    | 6   | phase      | 1 or 2                                                          | 1   | 2      |
-    | 7   | position   | drafts made in this round before the one in view / `cap`        | 0   | 1      |
+    | 6   | match      | of the last 8 tokens, the share (8, 4 or 2) found earlier in the text | 0 | 1  |
+    | 7   | echo       | log p of the best token minus that of what followed there; 30: nothing found | 0 | 30 |
+    | 8   | phase      | 1 or 2                                                          | 1   | 2      |
+    | 9   | position   | drafts made in this round before the one in view / `cap`        | 0   | 1      |
 
     ## Rewards
     All paid at verification, which carries `info["discount"] = 0`; all other steps are worth 0 and carry 1. Use
@@ -111,22 +126,30 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     | `max_new_tokens`                | 128              | tokens until truncation, at least 2                      |
     | `episode`                       | `"prompt"`       | `"prompt"` or `"round"`, see Episode End                 |
     | `backend`                       | `"live"`         | `"live"`: the language model; `"trace"`: a recording     |
-    | `trace`                         | `None`           | file of the trace                                        |
+    | `trace`                         | `None`           | a shipped trace's name, or a file; `None`: the shipped one of this model and temperature |
+    | `weights`                       | by id            | `"auto"`: the model's own; `"twin"`: its geometry twin's |
     | `device`, `dtype`               | `"auto"`, `None` | of the model; float32 on the CPU, bfloat16 on CUDA       |
-    | `render_mode`                   | `None`           | `"ansi"`: one line, the current round                    |
+    | `render_mode`                   | `None`           | `"human"`, `"ansi"` or `"rgb_array"`, see Rendering      |
 
     At a temperature above 0 the live model samples speculatively, draft by draft. A trace was drawn once, each layer's
     draft coupled to the target token: the two agree in distribution. In greedy decoding they agree step by step.
+
+    ## Rendering
+    `"human"` keeps a picture of the text so far on the terminal, tokens by layers; `"ansi"` returns it as text,
+    `"rgb_array"` as an image, (384, 640, 3) uint8: see `lede_env.envs.rendering`.
+
+    ## What if
+    `env.unwrapped.fork()` returns an independent environment in the same state, for search. On a trace only.
 
     ## Version History
     * v0: initial version.
     """  # noqa: E501 - a table's rows
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's form
+    metadata = {"render_modes": RENDER_MODES, "render_fps": RENDER_FPS}  # noqa: RUF012 - Gymnasium's form
+    fork = fork
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise LedeError(f"render_mode={render_mode!r} is unknown; use one of {self.metadata['render_modes']}")
+        self._screen = Screen(render_mode)
         self._mdp = make_draft_mdp(DraftConfig.parse(kwargs), lanes=1)
         self.render_mode = render_mode
         self.observation_space = self._mdp.observation_space
@@ -146,7 +169,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
         self._token = 0  # new tokens emitted
         self._candidate = self._cell = self._node = self._limit = self._decisions = 0  # of the open round
         self._draft = 1  # number of the draft in view
-        self._verified: dict[str, Any] = {}  # outcome of the last round, for rendering
+        self._verified: dict[str, Any] = {}  # outcome of the last round, and every token's, for rendering
+        self._columns: list[Column] = []
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -162,10 +186,13 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
             prompts = prompts if chosen is None else np.array([chosen])
             self._table.start_many(np.zeros(1, np.int64), prompts, draw_seeds)
             self._prompt_id, self._token, self._prompt_over = self.prompt_ids[prompts[0]], 0, False
+            self._columns = []
             self._open()
         elif self._decisions:  # the open round again, from its beginning
             self._open()
         self._running, self._verified = True, {}
+        if self.render_mode == "human":
+            self.render()
         return self._observation(), self._info()
 
     def _open(self) -> None:
@@ -177,6 +204,12 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
         self._table.open(HERE)
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        outcome = self._play(action)
+        if self.render_mode == "human":
+            self.render()
+        return outcome
+
+    def _play(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self._running:
             raise LedeError("step() before reset(), or after the episode ended; call reset() first")
         if not self.action_space.contains(action):
@@ -236,6 +269,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
             "emitted": emitted,
             "rounds": rounds,
         }
+        if self.render_mode is not None:
+            self._columns += self._settled(drafted, accepted, emitted, rounds)
         ended, truncated = bool(ended), not ended and self._token == mdp.max_new_tokens
         self._prompt_over = ended or truncated
         self._running = not (self._prompt_over or mdp.round_episodes)
@@ -264,11 +299,26 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
             "reward_terms": reward_terms or self._no_terms.copy(),
         }
 
-    def render(self) -> str | None:
+    def _settled(self, drafted: int, accepted: int, emitted: int, rounds: int) -> list[Column]:
+        """What became of the tokens that a round emitted, and the plain step after it if there was one."""
+        layer, depth = self._mdp.candidate_layers[self._candidate], self._mdp.n_layers
+        kinds = ([ACCEPTED] * accepted + [REJECTED] * (drafted > accepted) + [TARGET] * emitted)[:emitted]
+        opening = {0, emitted - 1} if rounds == 2 else {0}
+        return [
+            Column(depth if kind == TARGET else layer, kind, opens=place in opening) for place, kind in enumerate(kinds)
+        ]
+
+    def render(self) -> str | np.ndarray | None:
         if self.render_mode is None:
             return None
-        layers = self._mdp.candidate_layers
-        walk = " ".join(f"[{layer}]" if index == self._candidate else str(layer) for index, layer in enumerate(layers))
+        layers, layer = self._mdp.candidate_layers, self._mdp.candidate_layers[self._candidate]
+        walk = " ".join(f"[{each}]" if each == layer else str(each) for each in layers)
         last = "  last round: layer {exit_layer}, {accepted} of {drafted} drafts accepted"
         last = last.format(**self._verified) if self._verified else ""
-        return f"token {self._token:4d}  layers {walk} of {self._mdp.n_layers}  draft {self._draft}" + last
+        status = f"token {self._token:4d}  layers {walk} of {self._mdp.n_layers}  draft {self._draft}" + last
+        kinds = [] if self._prompt_over else [DRAFTED] * (self._draft - 1) + [WALKED]
+        open_round = [Column(layer, kind, opens=place == 0) for place, kind in enumerate(kinds)]
+        return self._screen.show(Scene(self._mdp.n_layers, layers, status, [*self._columns, *open_round]))
+
+    def close(self) -> None:
+        self._screen.close()

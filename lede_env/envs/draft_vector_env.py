@@ -11,7 +11,6 @@ from lede_env.envs.draft_config import DraftConfig
 from lede_env.envs.draft_mdp import make_draft_mdp
 from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, masked
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT
 
 
 class SpeculativeDraftVectorEnv(TextVectorEnv):
@@ -56,22 +55,26 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
 
     def _start(self, lanes: np.ndarray, new: np.ndarray) -> None:
         self._token[lanes[new]] = 0
+        lanes = lanes[new | (self._decisions[lanes] > 0)]  # a round that a reset leaves begins again
+        self._candidate[lanes] = self._decisions[lanes] = 0
+        self._draft[lanes] = 1
+        self._cell[lanes] = self._node[lanes] = self._table.cell(lanes, self._token[lanes])
         opened = np.zeros(self.num_envs, bool)
-        opened[lanes] = new | (self._decisions[lanes] > 0)  # a round that a reset leaves begins again
-        self._open(opened)
+        opened[lanes] = True
         self._table.open(opened)
 
     def _open(self, who: np.ndarray) -> None:
         """Stand at the first candidate of a round, on the lanes of a mask."""
         others = ~who
-        self._candidate *= others
-        self._decisions *= others
-        np.copyto(self._draft, 1, where=who)
-        np.copyto(self._cell, self._table.cell(ALL, self._token), where=who)
-        np.copyto(self._node, self._cell, where=who)
+        first = self._table.cell(ALL, self._token)
+        self._candidate = self._candidate * others
+        self._decisions = self._decisions * others
+        self._draft = np.where(who, 1, self._draft)
+        self._cell = np.where(who, first, self._cell)
+        self._node = np.where(who, first, self._node)
 
-    def _play(self, actions: np.ndarray, awake: np.ndarray) -> Played:
-        exits = (actions == EXIT) & awake
+    def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
+        exits = exits & awake
         first = self._draft == 1
         walks = first & (awake & ~exits)
         walking = walks & (self._candidate < self._last)
@@ -79,12 +82,11 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         self._table.keep(exits & first)
         after = self._table.after.take(self._node, mode="clip")
         drafting = exits & (after >= 0) & (self._draft < limit)
-        self._decisions += awake
-        self._draft += drafting
-        self._candidate += walking
-        self._cell += walking
-        self._node += walking
-        np.copyto(self._node, after, where=drafting)
+        self._decisions = self._decisions + awake
+        self._draft = self._draft + drafting
+        self._candidate = self._candidate + walking
+        self._cell = self._cell + walking
+        self._node = np.where(drafting, after, self._node + walking)
         self._table.move(walking, drafting)
         full = (self._table.after.take(self._node, mode="clip") < 0) | (self._draft >= limit)
         drawn = (self._draft > 1) | (self._candidate == self._last)
@@ -92,39 +94,50 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         return self._verify(awake & (~moved | (full & drawn)), self._candidate + (walks & ~moved))
 
     def _verify(self, who: np.ndarray, continues: np.ndarray) -> Played:
-        """Settle the rounds of the lanes of a mask, pay for them, and begin the next ones. `continues`: of phase 1."""
+        """Settle the rounds of the lanes of a mask, pay for them, and begin the next ones. `continues`: of phase 1.
+
+        Counts are 0 where the mask is false, and so is what is paid for them.
+        """
         mdp, table, candidate = self._mdp, self._table, self._candidate
         accepted, emitted, ended = table.settle(who, self._cell, self._draft)
         ended = ended & who
-        drafted = np.where(ended, np.minimum(self._draft, emitted), self._draft)  # nothing after an EOS counts
+        accepted, emitted, drafted = accepted * who, emitted * who, self._draft * who
+        if ended.any():
+            drafted = np.where(ended, np.minimum(drafted, emitted), drafted)  # nothing after an EOS counts
         cost = mdp.costs.take(candidate * (mdp.cap + 1) + drafted) + self._decisions * mdp.decision_cost
-        self._token += emitted * who
+        rounds = who.astype(np.int64)
+        self._token = self._token + emitted
         plain = who & ~ended & (self._token == mdp.max_new_tokens - 1)  # nothing to draft: a plain step
         if plain.any():
             ended = ended | table.step(plain, self._token)
-            self._token += plain
-            emitted, cost = emitted + plain, cost + plain * mdp.plain_cost
+            self._token = self._token + plain
+            emitted, rounds, cost = emitted + plain, rounds + plain, cost + plain * mdp.plain_cost
+        cost = cost * who
         truncated = who & ~ended & (self._token == mdp.max_new_tokens)
-        values = mdp.reward.of_round(candidate, continues, drafted, accepted, emitted, cost)
-        terms = {name: value * who for name, value in zip(mdp.reward.terms, values, strict=True)}
-        outcome = {
-            "exit_layer": self._layers.take(candidate),
-            "drafted": drafted,
-            "accepted": accepted,
-            "emitted": emitted,
-            "rounds": 1 + plain,
+        values = mdp.reward.of_round(candidate, continues * who, drafted, accepted, emitted, cost)
+        of_action = {
+            "cost": cost,
+            "discount": 1.0 - who,
+            "reward_terms": masked(dict(zip(mdp.reward.terms, values, strict=True)), self._everyone),
         }
-        everyone = np.ones(self.num_envs, bool)
-        of_action = {"cost": cost * who, "discount": 1.0 - who, "reward_terms": masked(terms, everyone)}
-        of_round = {key: np.where(who, value, -1) for key, value in outcome.items()}
+        missing = who.view(np.int8) - 1  # -1 where the mask is false
+        of_round = {
+            "exit_layer": np.where(who, self._layers.take(candidate), -1),
+            "drafted": drafted + missing,
+            "accepted": accepted + missing,
+            "emitted": emitted + missing,
+            "rounds": rounds + missing,
+        }
         self._open(who)
         table.open(who & ~ended)
-        info = masked(of_action, everyone) | masked(of_round, who)
-        return Played(sum(terms.values()), who, ended, truncated, info)
+        info = masked(of_action, self._everyone) | masked(of_round, who)
+        return Played(sum(values), who, ended, truncated, info)
 
     def _observations(self, lanes: np.ndarray | slice = ALL) -> np.ndarray:
         observations = self._table.observe(self._node[lanes], self._cell[lanes], self._draft[lanes])
-        observations[self._blank[lanes]] = self._mdp.observation_space.low
+        blank = self._blank[lanes]
+        if blank.any():
+            observations[blank] = self._mdp.observation_space.low
         return observations
 
     def _infos(self) -> dict[str, Any]:
@@ -136,4 +149,4 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
             "phase": np.minimum(self._draft, 2),
             "drafts": self._draft - 1,
         }
-        return masked(info, np.ones(self.num_envs, bool))
+        return masked(info, self._everyone)

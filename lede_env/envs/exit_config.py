@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from lede_env.errors import LedeError
 
@@ -16,7 +16,9 @@ class ExitConfig:
     model: str  # zoo name, hub id or local folder
     candidate_layers: Sequence[int]  # where the agent may exit, ascending, within 1..L-1
     cost_model: str  # name of a shipped one, or a JSON file; for info["cost"]
-    backend: str = "live"  # where tokens come from: the language model itself
+    weights: str = "auto"  # the model's own; "twin": those of its geometry twin
+    backend: str = "live"  # where tokens come from: the language model itself, or a "trace"
+    trace: str | None = None  # name of a shipped one, or a file; None: the shipped one of this model and temperature
     task: str | Sequence[str] = "all"  # prompts: code, lm, summarization, instruction, parse, all, or a .jsonl file
     split: str = "train"  # train, validation, test or all
     features: str | Sequence[str] = "paper"  # what the agent observes: paper, extended, or a tuple of names
@@ -31,10 +33,10 @@ class ExitConfig:
     dtype: str | None = None  # None: float32 on the CPU, bfloat16 on CUDA
 
     @classmethod
-    def parse(cls, kwargs: Mapping[str, Any]) -> ExitConfig:
+    def parse(cls, kwargs: Mapping[str, Any]) -> Self:
         """The configuration of an environment's keyword arguments."""
         known = [argument.name for argument in fields(cls)]
         unknown = [name for name in kwargs if name not in known]
         if unknown:
-            raise LedeError(f"unknown argument {unknown[0]!r}; the exit environments take {', '.join(known)}")
+            raise LedeError(f"unknown argument {unknown[0]!r}; this environment takes {', '.join(known)}")
         return cls(**kwargs)

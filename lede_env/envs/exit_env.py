@@ -11,7 +11,8 @@ from gymnasium import spaces
 
 from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
-from lede_env.envs.rendering import render_token
+from lede_env.envs.forking import fork
+from lede_env.envs.rendering import ACCEPTED, REJECTED, RENDER_FPS, RENDER_MODES, WALKED, Column, Scene, Screen
 from lede_env.envs.texts import draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
@@ -34,7 +35,7 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution at the layer just reached, always at
-    temperature 1. `features="paper"` is the first three, which hide the layer (a POMDP); `"extended"` is all six; a
+    temperature 1. `features="paper"` is the first three, which hide the layer (a POMDP); `"extended"` is all eight; a
     tuple of names picks.
 
     | Num | Feature    | Meaning                                                         | Min | Max    |
@@ -45,6 +46,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     | 3   | layer      | layers run over all layers, e / L                               | 0   | 1      |
     | 4   | margin     | log p of the best token minus log p of the second               | 0   | 30     |
     | 5   | top1       | -log p of the best token                                        | 0   | 30     |
+    | 6   | match      | of the last 8 tokens, the share (8, 4 or 2) found earlier in the text | 0 | 1  |
+    | 7   | echo       | log p of the best token minus that of what followed there; 30: nothing found | 0 | 30 |
 
     ## Rewards
     `reward="paper"`: an exit at layer e whose draft is accepted pays `1 + (1 - e / L)`, an exit whose draft is
@@ -78,8 +81,11 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     | Name                            | Default          | Meaning                                                  |
     |---------------------------------|------------------|----------------------------------------------------------|
     | `model`                         | by id            | zoo name, Hugging Face hub id, or local folder           |
+    | `weights`                       | by id            | `"auto"`: the model's own; `"twin"`: its geometry twin's |
     | `candidate_layers`              | by id            | where the agent may exit, ascending, within 1..L-1       |
     | `cost_model`                    | by id            | a shipped one's name, or a JSON file; for `info["cost"]` |
+    | `backend`                       | `"live"`         | `"live"`: the language model; `"trace"`: a recording     |
+    | `trace`                         | `None`           | a shipped trace's name, or a file; `None`: the shipped one of this model and temperature |
     | `task`                          | `"all"`          | prompts: a task, or the path of a `.jsonl` file          |
     | `split`                         | `"train"`        | `train`, `validation`, `test` or `all`                   |
     | `features`                      | `"paper"`        | `"paper"`, `"extended"`, or a tuple of names             |
@@ -88,21 +94,30 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     | `max_new_tokens`                | 128              | tokens until truncation                                  |
     | `episode`                       | `"prompt"`       | `"prompt"` or `"token"`, see Episode End                 |
     | `device`, `dtype`               | `"auto"`, `None` | of the model; float32 on the CPU, bfloat16 on CUDA       |
-    | `backend`                       | `"live"`         | where tokens come from: the language model itself        |
-    | `render_mode`                   | `None`           | `"ansi"`: one line, the current token's walk             |
+    | `render_mode`                   | `None`           | `"human"`, `"ansi"` or `"rgb_array"`, see Rendering      |
+
+    A trace is a recording of the texts with everything the environment shows of them, so nothing needs the language
+    model. Greedily it plays what the model plays; at a temperature, the continuations it holds.
 
     At a temperature above 0 the target token is drawn at full depth and each layer's draft is coupled to it, so that
     it has the layer's distribution and equals the target as often as speculative sampling accepts.
 
+    ## Rendering
+    `"human"` keeps a picture of the text so far on the terminal, tokens by layers; `"ansi"` returns it as text,
+    `"rgb_array"` as an image, (384, 640, 3) uint8: see `lede_env.envs.rendering`.
+
+    ## What if
+    `env.unwrapped.fork()` returns an independent environment in the same state, for search. On a trace only.
+
     ## Version History
     * v0: initial version.
-    """
+    """  # noqa: E501 - a table's rows
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's form
+    metadata = {"render_modes": RENDER_MODES, "render_fps": RENDER_FPS}  # noqa: RUF012 - Gymnasium's form
+    fork = fork
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise LedeError(f"render_mode={render_mode!r} is unknown; use one of {self.metadata['render_modes']}")
+        self._screen = Screen(render_mode)
         self._mdp = make_exit_mdp(ExitConfig.parse(kwargs), lanes=1)
         self.render_mode = render_mode
         self.observation_space = self._mdp.observation_space
@@ -118,7 +133,10 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         self._texts = np.zeros(1, np.uint64)
         self._has_key = False
         self._token = self._candidate = 0
-        self._exited: tuple[int, bool] | None = None  # layer and outcome of the last exit, for rendering
+        self._exited: tuple[int, bool] | None = (
+            None  # layer and outcome of the last exit, and every token's, for rendering
+        )
+        self._columns: list[Column] = []
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -134,10 +152,19 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
             prompt = int(prompts[0]) if chosen is None else chosen
             self._table.start(0, prompt, int(draw_seeds[0]))
             self._prompt_id, self._token, self._prompt_over = self.prompt_ids[prompt], 0, False
+            self._columns = []
         self._candidate, self._running, self._exited = 0, True, None
+        if self.render_mode == "human":
+            self.render()
         return self._observation(), self._info()
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        outcome = self._play(action)
+        if self.render_mode == "human":
+            self.render()
+        return outcome
+
+    def _play(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self._running:
             raise LedeError("step() before reset(), or after the episode ended; call reset() first")
         if not self.action_space.contains(action):
@@ -158,6 +185,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         ended = bool(table.ends[row])
         truncated = not ended and token + 1 == mdp.max_new_tokens
         self._exited = (mdp.candidate_layers[candidate], accepted)
+        if self.render_mode is not None:
+            self._columns.append(Column(mdp.candidate_layers[candidate], ACCEPTED if accepted else REJECTED))
         self._prompt_over = ended or truncated
         self._running = not (self._prompt_over or mdp.token_episodes)
         self._token, self._candidate = token + 1, 0
@@ -193,7 +222,17 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
             "reward_terms": {"accepted": 0.0, "rejected": 0.0, "continue": 0.0, **(reward_terms or {})},
         }
 
-    def render(self) -> str | None:
+    def render(self) -> str | np.ndarray | None:
         if self.render_mode is None:
             return None
-        return render_token(self._mdp, self._token, self._candidate, self._exited)
+        layers, layer = self._mdp.candidate_layers, self._mdp.candidate_layers[self._candidate]
+        walk = " ".join(f"[{each}]" if each == layer else str(each) for each in layers)
+        last = ""
+        if self._exited is not None:
+            last = f"  last exit: layer {self._exited[0]}, {'accepted' if self._exited[1] else 'rejected'}"
+        status = f"token {self._token:4d}  layers {walk} of {self._mdp.n_layers}{last}"
+        walking = [] if self._prompt_over else [Column(layer, WALKED)]
+        return self._screen.show(Scene(self._mdp.n_layers, layers, status, [*self._columns, *walking]))
+
+    def close(self) -> None:
+        self._screen.close()

@@ -1,4 +1,4 @@
-"""The exit MDP for many sequences at once: one forward of the language model serves all of them."""
+"""The exit MDP for many sequences at once: arrays over a trace, or one forward of the language model for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, masked
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT
 
 
 class SpeculativeExitVectorEnv(TextVectorEnv):
@@ -53,9 +52,9 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         self._token[lanes[new]] = 0
         self._candidate[lanes] = 0
 
-    def _play(self, actions: np.ndarray, awake: np.ndarray) -> Played:
-        info = self._outcome(actions, awake)
-        exits = info["_exit_layer"]
+    def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
+        info = self._outcome(exits, awake)
+        exits = info["_exit_layer"]  # the forced ones too
         ended = exits & self._table.ends.take(self._table.base + self._token, mode="clip")
         truncated = exits & ~ended & (self._token + 1 == self._mdp.max_new_tokens)
         self._token = self._token + exits
@@ -63,24 +62,23 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         terms = info["reward_terms"]
         return Played(terms["accepted"] + terms["rejected"] + terms["continue"], exits, ended, truncated, info)
 
-    def _outcome(self, actions: np.ndarray, awake: np.ndarray) -> dict[str, Any]:
+    def _outcome(self, wanted: np.ndarray, awake: np.ndarray) -> dict[str, Any]:
         """Info of the actions of the lanes that are awake; for the others, that of a reset."""
         table, reward, candidate = self._table, self._mdp.reward, self._candidate
         row, cell = self._places(ALL)
         last = candidate == len(self._layers) - 1
-        exits = ((actions == EXIT) | last) & awake
+        exits = (wanted | last) & awake
         right = exits & table.accepted.reshape(-1).take(cell, mode="clip")
         terms = {
             "accepted": np.where(right, reward.accepted.take(candidate), 0.0),
             "rejected": np.where(exits & ~right, reward.rejected, 0.0),
             "continue": np.where(awake & ~exits, reward.continue_, 0.0),
         }
-        everyone = np.ones(self.num_envs, bool)
         of_action = {
             "cost": self._mdp.step_cost.take(candidate) * awake,
             "discount": np.where(exits, 0.0, 1.0),
-            "forced": exits & (actions != EXIT),
-            "reward_terms": masked(terms, everyone),
+            "forced": exits & ~wanted,
+            "reward_terms": masked(terms, self._everyone),
         }
         of_exit = {
             "exit_layer": np.where(exits, self._layers.take(candidate), -1),
@@ -88,7 +86,7 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
             "target_token": np.where(exits, table.targets.take(row, mode="clip"), -1),
             "accepted": right,
         }
-        return masked(of_action, everyone) | masked(of_exit, exits)
+        return masked(of_action, self._everyone) | masked(of_exit, exits)
 
     def _places(self, lanes: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """Where lanes stand in the backend's tables, (n,) both: the row, and the cell, which is a row's candidate.
@@ -118,4 +116,4 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
             "token_index": self._token.copy(),
             "layer": self._layers.take(self._candidate),
         }
-        return masked(info, np.ones(self.num_envs, bool))
+        return masked(info, self._everyone)

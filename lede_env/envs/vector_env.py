@@ -13,6 +13,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lede_env.envs.forking import fork
 from lede_env.envs.texts import draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT
@@ -38,6 +39,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012 - Gymnasium's form
+    fork = fork
 
     def __init__(self, mdp: Any, num_envs: int, autoreset_mode: AutoresetMode | str, in_parts: bool):
         self.num_envs = num_envs
@@ -59,6 +61,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._prompt_id = np.full(num_envs, self.prompt_ids[0], dtype=object)  # replaced, not written: infos hold it
         self._prompt_over = np.ones(num_envs, bool)  # the next reset begins a prompt, whatever `episode` says
         self._over = np.ones(num_envs, bool)  # the episode ended and was not reset
+        self._everyone = np.ones(num_envs, bool)  # the mask of keys that all have, shared by all infos
+        self._everyone.setflags(write=False)
         self._blank = np.ones(num_envs, bool)  # the text ended (or never began): there is no observation
 
     @abstractmethod
@@ -66,8 +70,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin episodes on (n,) lanes; those of `new`, (n,) booleans, on a text that the backend has just begun."""
 
     @abstractmethod
-    def _play(self, actions: np.ndarray, awake: np.ndarray) -> Played:
-        """Act where lanes are awake, (N,) booleans; to the others nothing happens."""
+    def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
+        """Exit or continue where lanes are awake, (N,) booleans both; to the others nothing happens."""
 
     @abstractmethod
     def _observations(self, lanes: np.ndarray | slice = ALL) -> np.ndarray:
@@ -90,7 +94,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._prompt_over |= mask & (chosen >= 0)
         self._begin(lanes, chosen)
         self._begun = True
-        idle = self._play(np.full(self.num_envs, CONTINUE), np.zeros(self.num_envs, bool))
+        nobody = np.zeros(self.num_envs, bool)
+        idle = self._play(nobody, nobody)
         return self._observations(), self._infos() | idle.info
 
     def _checked_options(self, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -129,14 +134,15 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or ((actions != CONTINUE) & (actions != EXIT)).any():
+        exits = actions == EXIT
+        if actions.shape != (self.num_envs,) or not (exits | (actions == CONTINUE)).all():
             raise LedeError(f"actions must be {self.num_envs} values out of 0 (continue) and 1 (exit), got {actions!r}")
         if not self._begun:
             raise LedeError("step() before reset(); call reset() first")
         asleep = self._over.copy()  # `_begin` writes into it
         if self.autoreset_mode is not AutoresetMode.DISABLED and asleep.any():  # reset by this step, action ignored
             self._begin(np.flatnonzero(asleep))
-        played = self._play(actions, ~asleep)
+        played = self._play(exits, ~asleep)
         self._prompt_over |= played.ended | played.truncated
         self._blank |= played.ended
         terminated = (played.parted & ~played.truncated) if self._in_parts else played.ended

@@ -24,6 +24,7 @@ class ModelSpec:
     llama3_factor: float | None  # of Llama 3's RoPE scaling; None: no scaling
     tied: bool  # LM head = embedding
     candidate_layers: tuple[int, ...]  # ascending, within 1..n_layers-1: the embedded model's, at the same depths
+    fingerprint: str | None = None  # of the weights that ship (`LayeredLM.fingerprint`); None: they do not
 
     @property
     def licence_page(self) -> str:
@@ -39,7 +40,7 @@ MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         ModelSpec("tiny", None, "Apache-2.0", 16, 256, 4, 4, 64, 768, 4096,
-                  2048, 1e4, None, True, (3, 4, 6, 8)),
+                  2048, 1e4, None, True, (3, 4, 6, 8), "fd3993149977f530"),
         ModelSpec("llama3.2-1b", "facebook/layerskip-llama3.2-1B", _FAIR, 16, 2048, 32, 8, 64, 8192, 128256,
                   131072, 5e5, 32.0, True, (3, 4, 6, 8)),
         ModelSpec("llama2-7b", "facebook/layerskip-llama2-7B", _FAIR, 32, 4096, 32, 32, 128, 11008, 32000,

@@ -1,0 +1,162 @@
+"""Does a trajectory file hold what its environment does? Its actions are played again, and every column compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lede_env.data.trajectory_file import COLUMNS, Episode, Trajectories, read_trajectories
+from lede_env.digest import digest
+from lede_env.errors import LedeError
+from lede_env.policies import EXIT
+from lede_env.recording import Act, make_player_envs, play
+from lede_env.registration import pinned
+
+LANES = 512  # episodes played together on a trace
+LIVE_LANES = 16
+NOISE = 1e-4  # of observations, from one machine to another
+ROUNDING = 1e-5  # of other fractions
+COMPARED = [name for name in COLUMNS if name not in ("actions", "behaviour_logprob")]  # the policy's own
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first row of a file that its environment does not reproduce."""
+
+    column: str  # of COLUMNS, or final_observations: what was seen after the row
+    row: int
+    episode: int
+    recorded: Any  # in the file
+    replayed: Any
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was checked. True if nothing differs."""
+
+    path: str
+    rows: int
+    episodes: int
+    difference: Difference | None = None
+
+    def __bool__(self) -> bool:
+        return self.difference is None
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"{self.path}: {self.rows} rows of {self.episodes} episodes, all reproduced"
+        found = self.difference
+        return (
+            f"{self.path}: {found.column} differs first at row {found.row}, in episode {found.episode}: "
+            f"{found.recorded} in the file, {found.replayed} when played again"
+        )
+
+
+def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) -> Validation:
+    """Play a trajectory file's actions again in the environment that its header names, and compare.
+
+    All columns but `behaviour_logprob`, which only the policy could confirm. Observations may differ by 1e-4. Greedy
+    texts in which two tokens are as good as tied may differ between a trace and the model, or between two machines.
+
+    Args:
+        path: a file by `lede record`, of either MDP.
+        trace: file of the trace to play; by default the language model decodes everything again.
+
+    Returns:
+        What was checked, with the first row that differs, if any; the one of the earliest episode.
+
+    Raises:
+        LedeError: not a trajectory file, or its environment cannot be made again: the model, the prompts, the cost
+            model or an argument is not what it was.
+    """
+    data = read_trajectories(path)
+    wrong = np.flatnonzero(data["actions"] > EXIT)
+    if len(wrong):
+        row = int(wrong[0])
+        episode = int(np.searchsorted(data["episode_starts"], row, "right")) - 1
+        return _result(path, data, Difference("actions", row, episode, int(data["actions"][row]), "0 or 1"))
+    lanes = min(LIVE_LANES if trace is None else LANES, data.n_episodes)
+    envs = make_player_envs(_attribute(path, data, "env_id", str), lanes, **_arguments(path, data, trace))
+    try:
+        _check_environment(path, data.attributes, envs.unwrapped.attributes)
+        bounds = np.append(data["episode_starts"], data.n_rows).astype(np.int64)  # (E + 1,)
+        numbers, seed = range(data.n_episodes), _attribute(path, data, "seed", int)
+        for number, episode in play(envs, _replay(data["actions"], bounds), numbers, seed):
+            found = _first_difference(data, number, slice(bounds[number], bounds[number + 1]), episode)
+            if found is not None:
+                return _result(path, data, found)
+    finally:
+        envs.close()
+    return _result(path, data, None)
+
+
+def _result(path: str | os.PathLike, data: Trajectories, difference: Difference | None) -> Validation:
+    return Validation(os.fspath(path), data.n_rows, data.n_episodes, difference)
+
+
+def _attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: type) -> Any:
+    value = data.attributes.get(name)
+    if not isinstance(value, kind):
+        raise LedeError(
+            f"{path}: attribute {name!r} is {value!r}, so its environment cannot be made again; validate files that "
+            "`lede record` wrote"
+        )
+    return value
+
+
+def _arguments(path: str | os.PathLike, data: Trajectories, trace: str | os.PathLike | None) -> dict[str, Any]:
+    """What `gym.make_vec` needs beside the file's id: every value that the header holds."""
+    config = pinned(_attribute(path, data, "env_id", str))
+    chosen = {field.name for field in fields(config)} - {"features", "episode"}  # those are the player's
+    kwargs = {name: value for name, value in data.attributes.items() if name in chosen}
+    if config.weights != "twin" and config.model != data.attributes["model_name"]:
+        kwargs["model"] = data.attributes["model_name"]
+    return kwargs if trace is None else {**kwargs, "backend": "trace", "trace": os.fspath(trace)}
+
+
+def _check_environment(path: str | os.PathLike, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if digest(recorded.get(name)) != digest(value):
+            raise LedeError(
+                f"{path}: {name} is {recorded.get(name)!r} in the file and {value!r} in the environment at hand; "
+                "validate against the model, trace, prompts and cost model that it was recorded with"
+            )
+
+
+def _replay(actions: np.ndarray, bounds: np.ndarray) -> Act:
+    """Takes the file's actions, (rows,); where an episode goes on longer than in the file, its last one again."""
+
+    def act(observations: np.ndarray, numbers: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.minimum(bounds[numbers] + steps, bounds[numbers + 1] - 1)
+        return actions[rows], np.zeros(len(rows))
+
+    return act
+
+
+def _first_difference(data: Trajectories, number: int, rows: slice, episode: Episode) -> Difference | None:
+    """The first row of an episode in which the file and the replay differ."""
+    known = rows.stop - rows.start
+    common, found = min(known, len(episode)), None
+    for name in COMPARED:
+        recorded, replayed = data[name][rows][:common], getattr(episode, name)[:common]
+        if recorded.dtype.kind == "f":
+            tolerance = NOISE if name == "observations" else ROUNDING
+            same = np.abs(recorded - replayed) <= tolerance  # false for NaN
+        else:
+            same = recorded == replayed
+        differing = np.flatnonzero(~same.reshape(common, -1).all(1))
+        if len(differing) and (found is None or differing[0] < found[0]):
+            found = differing[0], name, recorded[differing[0]], replayed[differing[0]]
+    if found is not None:
+        return Difference(found[1], rows.start + int(found[0]), number, found[2].tolist(), found[3].tolist())
+    last = rows.start + common - 1
+    if known != len(episode):
+        return Difference("episode_starts", last, number, f"{known} rows", f"{len(episode)} rows")
+    seen = data["final_observations"][number]
+    if not (np.abs(seen - episode.final_observation) <= NOISE).all():
+        return Difference("final_observations", last, number, seen.tolist(), episode.final_observation.tolist())
+    return None
