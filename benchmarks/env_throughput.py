@@ -38,7 +38,7 @@ class Args:
     trace: str | None = None  # the trace; by default the one that ships
     split: str = "train"  # prompts played
     steps: int = 500  # a repeat, of each vector environment on a trace
-    live_steps: int = 60  # a repeat, of each live one
+    live_steps: int = 150  # a repeat, of each live vector environment; of a single one twice as many
     repeats: int = 7
     processes: int = 2  # at once, in a measurement of their own; 1: none
     out: Path | None = None  # folder for env_throughput.csv, .md and .json
@@ -103,7 +103,7 @@ def contenders(args: Args) -> list[Contender]:
             found.append(Contender(f"{mdp} MDP, trace", "paper", env_id, 0, 20 * args.steps, trace))
         found.append(Contender("CartPole", "", "CartPole-v1", 0, 20 * args.steps))
     for mdp, env_id in IDS.items():
-        for lanes, steps in ((args.lanes, args.live_steps), (0, 4 * args.live_steps)):
+        for lanes, steps in ((args.lanes, args.live_steps), (0, 2 * args.live_steps)):
             live = (("device", args.device),)
             found.append(Contender(f"{mdp} MDP, live", "paper", env_id, lanes, steps, live))
     return found
@@ -192,7 +192,7 @@ def main(args: Args) -> None:
     print_table("environment steps a second", rows, console)
     about = machine(args.device) | {
         "measured": f"random actions, info included; median of {args.repeats} repeats, environments in turn",
-        "trace": args.trace or "the one that ships",
+        "trace": Path(args.trace).name if args.trace else "the one that ships",
         "command": "python -m benchmarks.env_throughput",
         **ratios(rows),
     }
