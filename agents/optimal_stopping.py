@@ -238,7 +238,7 @@ def train(args: Args, report: Callable[[dict], None] = lambda row: None) -> tupl
         row = {"iteration": iteration, "loss": loss}
         for split, sets in (("train", training), ("validation", validation)):
             for name, rounds in zip(args.traces, sets, strict=True):
-                row[f"{split} {Path(name).stem}"] = rounds.rate(network(rounds.observations))
+                row[f"{split} {Path(name).name.removesuffix('.h5')}"] = rounds.rate(network(rounds.observations))
         history.append(row)
         report(row)
         score = float(np.mean([rate for name, rate in row.items() if name.startswith("validation")]))

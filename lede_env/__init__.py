@@ -30,6 +30,7 @@ _PUBLIC = {
     "evaluate_oracle": "lede_env.evaluation",
     "normalized_score": "lede_env.evaluation",
     "paired_bootstrap": "lede_env.evaluation",
+    "validate": "lede_env.validation",
     "load_trace": "lede_env.data.registry",
     "record_trace": "lede_env.tracing",
     "read_trajectories": "lede_env.data.trajectory_file",

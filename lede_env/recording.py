@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _play_wave(
     observations, infos = _start(envs, playing, prompts, seed)
     ones = np.ones(len(playing), bool)  # the exit MDP has but one phase, the draft MDP forces nothing
     history: list[dict[str, np.ndarray]] = []  # the steps of all environments, a row each
-    episodes: dict[int, Episode] = {}
+    over: list[tuple[int, int, int, np.ndarray]] = []  # (episode, environment, steps, final observation) of each
     while (playing >= 0).any():
         actions, logprobs = act(observations, playing, steps)
         following, rewards, terminals, timeouts, outcome = envs.step(actions)
@@ -80,15 +81,15 @@ def _play_wave(
         }  # fmt: skip
         history.append(row)
         steps += playing >= 0
-        over = np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist()
-        for i in over:
-            columns = {name: np.array([row[name][i] for row in history], dtype) for name, dtype in COLUMNS.items()}
-            episodes[int(playing[i])] = Episode(**columns, final_observation=following[i])
-            playing[i] = -1
-        if over and finished:
-            finished(len(episodes))
+        ended = np.flatnonzero((terminals | timeouts) & (playing >= 0)).tolist()
+        over += [(int(playing[i]), i, len(history), following[i]) for i in ended]
+        playing[ended] = -1
+        if ended and finished:
+            finished(len(over))
         observations, infos = following, outcome
-    yield from sorted(episodes.items())  # by number: in the order they finish, short ones would come first
+    columns = {name: np.array([row[name] for row in history], dtype) for name, dtype in COLUMNS.items()}  # (S, N)
+    for number, i, length, final in sorted(over, key=itemgetter(0)):  # they ended in another order: short ones first
+        yield number, Episode(**{name: own[:length, i] for name, own in columns.items()}, final_observation=final)
 
 
 def _start(envs: Any, playing: np.ndarray, prompts: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -19,12 +19,13 @@ from gymnasium.vector import AutoresetMode
 import lede_env
 from lede_env import cli, tracing
 from lede_env.data import registry
-from lede_env.data.registry import TRACES
+from lede_env.data.registry import TRACES, load_trace
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cost_model import load_cost_model
 from lede_env.envs.texts import draw_key, draw_texts
 from lede_env.envs.trace_backend import check_prompts
 from lede_env.errors import LedeError
+from lede_env.evaluation import best_static
 from lede_env.models.zoo import MODELS
 from lede_env.registration import ENVIRONMENTS, mdp_of, pinned
 from lede_env.tasks import load_prompts
@@ -389,3 +390,16 @@ def test_default_traces_are_listed():
     assert [registry.default_trace("tiny", t) for t in (0, 0.0, 0.6)] == [*["tiny-greedy-v0"] * 2, "tiny-t0.6-v0"]
     for name in TRACES:
         assert TRACES[name].path.name == f"{name}.h5"
+
+
+@pytest.mark.parametrize("env_id", [name for name in ENVIRONMENTS if "Draft" in name and "Twin" not in name])
+def test_rho_is_the_best_static_rate_on_the_training_prompts(env_id):
+    config, trace = ENVIRONMENTS[env_id], load_trace("tiny-greedy-v0")
+    place = {prompt: index for index, prompt in enumerate(trace.prompt_ids)}
+    texts = [place[prompt] for prompt in trace.prompts_of("all", "train")]
+    rows = [slice(trace.starts[t], min(trace.starts[t + 1], trace.starts[t] + config.max_new_tokens)) for t in texts]
+    accepted = {
+        layer: [trace.accepted[part, column] for part in rows] for column, layer in enumerate(config.candidate_layers)
+    }
+    best, _ = best_static(accepted, load_cost_model(config.cost_model))
+    assert config.rho == pytest.approx(best.speedup, abs=1e-3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lede_env.envs.exit_config import ExitConfig
-from lede_env.envs.exit_mdp import make_exit_mdp
+from lede_env.envs.exit_mdp import ExitMDP, make_exit_mdp
 from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, masked
 from lede_env.errors import LedeError
 
@@ -47,46 +48,40 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         self._lanes = np.arange(num_envs)
         self._token = np.zeros(num_envs, np.int64)
         self._candidate = np.zeros(num_envs, np.int64)
+        self._outcomes = _Outcomes.of(mdp)
 
     def _start(self, lanes: np.ndarray, new: np.ndarray) -> None:
         self._token[lanes[new]] = 0
         self._candidate[lanes] = 0
 
     def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
-        info = self._outcome(exits, awake)
-        exits = info["_exit_layer"]  # the forced ones too
-        ended = exits & self._table.ends.take(self._table.base + self._token, mode="clip")
-        truncated = exits & ~ended & (self._token + 1 == self._mdp.max_new_tokens)
-        self._token = self._token + exits
-        self._candidate = np.where(exits, 0, self._candidate + awake)
-        terms = info["reward_terms"]
-        return Played(terms["accepted"] + terms["rejected"] + terms["continue"], exits, ended, truncated, info)
-
-    def _outcome(self, wanted: np.ndarray, awake: np.ndarray) -> dict[str, Any]:
-        """Info of the actions of the lanes that are awake; for the others, that of a reset."""
-        table, reward, candidate = self._table, self._mdp.reward, self._candidate
+        table, outcomes, candidate = self._table, self._outcomes, self._candidate
         row, cell = self._places(ALL)
-        last = candidate == len(self._layers) - 1
-        exits = (wanted | last) & awake
+        wanted, exits = exits, (exits | (candidate == len(self._layers) - 1)) & awake
         right = exits & table.accepted.reshape(-1).take(cell, mode="clip")
-        terms = {
-            "accepted": np.where(right, reward.accepted.take(candidate), 0.0),
-            "rejected": np.where(exits & ~right, reward.rejected, 0.0),
-            "continue": np.where(awake & ~exits, reward.continue_, 0.0),
-        }
+        ended = exits & table.ends.take(row, mode="clip")
+        self._token = self._token + exits
+        truncated = exits & ~ended & (self._token == self._mdp.max_new_tokens)
+        kind = candidate * KINDS + exits + right
+        if awake.all():
+            self._candidate = outcomes.following.take(kind)
+        else:
+            kind[~awake] = len(outcomes.reward) - 1
+            self._candidate = np.where(awake, outcomes.following.take(kind), candidate)
         of_action = {
-            "cost": self._mdp.step_cost.take(candidate) * awake,
-            "discount": np.where(exits, 0.0, 1.0),
+            "cost": outcomes.cost.take(kind),
+            "discount": outcomes.discount.take(kind),
             "forced": exits & ~wanted,
-            "reward_terms": masked(terms, self._everyone),
+            "reward_terms": masked({name: of.take(kind) for name, of in outcomes.terms.items()}, self._everyone),
         }
         of_exit = {
-            "exit_layer": np.where(exits, self._layers.take(candidate), -1),
+            "exit_layer": outcomes.exit_layer.take(kind),
             "draft_token": np.where(exits, table.drafts.reshape(-1).take(cell, mode="clip"), -1),
             "target_token": np.where(exits, table.targets.take(row, mode="clip"), -1),
             "accepted": right,
         }
-        return masked(of_action, self._everyone) | masked(of_exit, exits)
+        info = masked(of_action, self._everyone) | masked(of_exit, exits)
+        return Played(outcomes.reward.take(kind), exits, ended, truncated, info)
 
     def _places(self, lanes: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """Where lanes stand in the backend's tables, (n,) both: the row, and the cell, which is a row's candidate.
@@ -101,12 +96,14 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         """(n, F) float32: what lanes see; zeros where there is no text to see."""
         blank = self._blank[lanes]
         behind = (self._table.known[lanes] <= self._token[lanes]) & ~blank
-        for lane in self._lanes[lanes][behind].tolist():
-            self._table.ensure(lane, int(self._token[lane]))
+        if behind.any():
+            for lane in self._lanes[lanes][behind].tolist():
+                self._table.ensure(lane, int(self._token[lane]))
         _, cell = self._places(lanes)
         table = self._table.observations.reshape(-1, len(self.features))  # (cells, F)
         observations = table.take(cell, axis=0, mode="clip")
-        observations[blank] = 0.0
+        if blank.any():
+            observations[blank] = 0.0
         return observations
 
     def _infos(self) -> dict[str, Any]:
@@ -117,3 +114,43 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
             "layer": self._layers.take(self._candidate),
         }
         return masked(info, self._everyone)
+
+
+KINDS = 3  # of actions at a candidate: continue, exit with a wrong draft, exit with a right one
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """All that follows from an action's kind, by candidate * KINDS + kind; the last entry is for no action.
+
+    Small tables, because looking N entries up is faster than selecting by masks.
+    """
+
+    reward: np.ndarray
+    terms: dict[str, np.ndarray]
+    cost: np.ndarray
+    discount: np.ndarray
+    exit_layer: np.ndarray
+    following: np.ndarray  # the candidate after it
+
+    @classmethod
+    def of(cls, mdp: ExitMDP) -> _Outcomes:
+        layers, reward = np.array(mdp.candidate_layers), mdp.reward
+
+        def table(continued: Any, wrong: Any, right: Any, idle: Any) -> np.ndarray:
+            kinds = [np.broadcast_to(value, len(layers)) for value in (continued, wrong, right)]
+            return np.append(np.stack(kinds, axis=1), idle)
+
+        terms = {
+            "accepted": table(0.0, 0.0, reward.accepted, 0.0),
+            "rejected": table(0.0, reward.rejected, 0.0, 0.0),
+            "continue": table(reward.continue_, 0.0, 0.0, 0.0),
+        }
+        return cls(
+            reward=np.sum(list(terms.values()), axis=0),
+            terms=terms,
+            cost=table(mdp.step_cost, mdp.step_cost, mdp.step_cost, 0.0),
+            discount=table(1.0, 0.0, 0.0, 1.0),
+            exit_layer=table(-1, layers, layers, -1),
+            following=table(np.arange(1, len(layers) + 1), 0, 0, 0),
+        )

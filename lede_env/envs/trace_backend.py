@@ -64,6 +64,8 @@ class TraceBackend:
         """(N,) prompts and seeds -> (N,) texts of the trace: those recorded with the seeds, else samples seed % S."""
         samples = self.trace.header.samples
         first = self._first_text[prompts]
+        if samples == 1:
+            return first
         recorded = self.trace.text_seeds[first[:, None] + np.arange(samples)]  # (N, S)
         same = recorded == seeds[:, None]
         return first + np.where(same.any(1), same.argmax(1), seeds % samples)
