@@ -149,6 +149,8 @@ def score_static(bench: Bench, trials: list[Trial], prompts: list[Prompt]) -> No
 
 def score(bench: Bench, trials: list[Trial], prompts: list[Prompt]) -> None:
     """Settings of any method, by decoding the prompts with each and adding up the cost of the rounds played."""
+    if not trials:
+        return
     encoded, _ = bench.tokens(prompts)
     with progress_bar(bench.console) as bar:
         for trial in bar.track(trials, description="settings on validation prompts"):

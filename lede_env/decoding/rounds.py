@@ -70,7 +70,7 @@ def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap =
         drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
         lap("policy")
     states = session.finish([row.index for row in rows])
-    _verify(lm, rows, lm.logits(torch.cat(states)), sampling)
+    _verify(lm, rows, lm.logits(torch.cat(states) if len(states) > 1 else states[0]), sampling)
     for row in rows:
         if row.control.taps:
             row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)

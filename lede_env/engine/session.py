@@ -96,8 +96,11 @@ class Session:
 
     def feed(self, rows: list[int], tokens: list[int]) -> None:
         """Open the next slot of each row with its token, at depth 0."""
-        slots = [len(self.depth[row]) for row in rows]
-        self.hidden[rows, slots] = self.lm.embed(torch.tensor(tokens, device=self.lm.device))  # (R, H)
+        states = self.lm.embed(torch.tensor(tokens, device=self.lm.device))  # (R, H)
+        if len(rows) == 1:  # a view, where an index would be turned into tensors
+            self.hidden[rows[0], len(self.depth[rows[0]])] = states[0]
+        else:
+            self.hidden[rows, [len(self.depth[row]) for row in rows]] = states
         for row in rows:
             self.depth[row].append(0)
 
