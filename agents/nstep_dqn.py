@@ -252,6 +252,10 @@ class Learner:
         self.features = select_features(args.features, attributes["mdp"])
         # See `transitions`. The draft MDP forces no exit.
         self.before_last = (0, *attributes["candidate_layers"])[-2] if attributes["mdp"] == "exit" else 0
+        lacking = [name for name in self.features if name not in available]
+        if lacking:
+            raise LedeError(f"features={args.features!r} needs {lacking}, but the log has only {tuple(available)}; "
+                            "record it again")  # fmt: skip
         self.columns = [available.index(name) for name in self.features]
         self.mean, self.std = np.zeros(len(self.columns), np.float32), np.ones(len(self.columns), np.float32)
         self.network = NoisyMLP(len(self.columns), args.hidden, args.sigma, self.rng)

@@ -82,11 +82,12 @@ def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) ->
     lanes = min(LIVE_LANES if trace is None else LANES, data.n_episodes)
     envs = make_player_envs(_attribute(path, data, "env_id", str), lanes, **_arguments(path, data, trace))
     try:
-        _check_environment(path, data.attributes, envs.unwrapped.attributes)
+        core: Any = envs.unwrapped
+        _check_environment(path, data.attributes, core.attributes)
         bounds = np.append(data["episode_starts"], data.n_rows).astype(np.int64)  # (E + 1,)
         numbers, seed = range(data.n_episodes), _attribute(path, data, "seed", int)
-        for number, episode in play(envs, _replay(data["actions"], bounds), numbers, seed):
-            found = _first_difference(data, number, slice(bounds[number], bounds[number + 1]), episode)
+        for number, played in play(envs, _replay(data["actions"], bounds), numbers, seed):
+            found = _first_difference(data, number, slice(bounds[number], bounds[number + 1]), played)
             if found is not None:
                 return _result(path, data, found)
     finally:

@@ -27,7 +27,7 @@ from lede_env.errors import LedeError
 from lede_env.policies import load_policy
 
 LAYERS, N_LAYERS = (2, 4, 6), 8
-FEATURES = ("confidence", "entropy", "trace", "layer", "margin", "top1")
+FEATURES = ("confidence", "entropy", "trace", "layer", "margin", "top1", "match", "echo")
 NEVER = 8  # a token on which every candidate layer is wrong
 
 
@@ -473,3 +473,8 @@ def test_exported_policy_acts_as_the_mean_network(tmp_path):
 def test_bad_arguments_are_named(change):
     with pytest.raises(LedeError, match=next(iter(change))):
         Args(**change)
+
+
+def test_a_log_without_the_features_is_refused(tmp_path):
+    with pytest.raises(LedeError, match=r"needs \['match', 'echo'\]"):
+        nstep_dqn.Learner(toy_args(tmp_path, features="extended"), FEATURES[:6], ToyExit.attributes)

@@ -64,7 +64,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     rho = row.get("rho")
     return {
         "id": row["id"],
-        "model": row["model"],
         "MDP": row["mdp"],
         "layers": " ".join(map(str, row["candidate_layers"])),
         "task": f"{row['task']} / {row['split']}",
@@ -72,7 +71,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "max new tokens": str(row["max_new_tokens"]),
         "features": str(row["features"]),
         "reward": row["reward"],
-        "rho": "" if rho is None else f"{rho:g}",
+        "rho": "" if rho is None else f"{rho:.2f}",
         "from": row["weights_from"],
         "traces": ", ".join(f"{TRACES[name].temperature:g}" for name in row["traces"]) or "none",
     }

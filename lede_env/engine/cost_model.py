@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -132,8 +132,8 @@ def measure(
         for width in widths:
             x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
             span = session.cache.span([0], [context], width)
-            pieces[f"layer {width}"] = lambda x=x, s=span: lm.run(x, session.cache, s, 0, lm.n_layers)
-            pieces[f"head {width}"] = lambda x=x: lm.logits(x[0]).argmax(-1)
+            pieces[f"layer {width}"] = partial(lm.run, x, session.cache, span, 0, lm.n_layers)
+            pieces[f"head {width}"] = partial(_best, lm, x[0])
         seconds = _medians({name: _captured(call) for name, call in pieces.items()} if on_gpu else pieces, repeats)
     return CostModel(
         name=f"{lm.name}-{lm.device.type}",
@@ -148,6 +148,11 @@ def measure(
         context=context,
         software=f"torch {torch.__version__}",
     )
+
+
+def _best(lm, x) -> object:
+    """The most probable token of each of (N, H) states."""
+    return lm.logits(x).argmax(-1)
 
 
 def _decision(lm) -> Callable[[], object]:
