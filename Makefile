@@ -19,8 +19,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo
 
+# One process a core, each with whole files, so that what a file loads is loaded once.
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 # The report page in Chromium (`apt-get install chromium`); `make test` skips this where there is none.
 browser: $(STAMP)

@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lede_env.cli import clear_errors
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT, MLPPolicy
-from lede_env.recording import make_player_envs, play, run_attributes
+from lede_env.recording import check_env_id, make_player_envs, play, run_attributes
 
 
 @dataclass
@@ -336,6 +337,10 @@ class TrainResult:
 
 def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
     """Run the stages and save the policy; `progress` is called with every row of the history."""
+    if args.offline:
+        read_trajectories(args.offline, columns=())  # before anything of an earlier run is replaced
+    else:
+        check_env_id(args.env_id)
     args.out.mkdir(parents=True, exist_ok=True)
     history: list[dict[str, Any]] = []
     board = summary_writer(args.out / "tensorboard")
@@ -438,12 +443,10 @@ def main() -> None:
             done = row["updates"] if args.offline else row["episode"] + 1
             bar.update(task, completed=done, description=f"{row['phase']}: {text}")
 
-        try:
-            train(args, show)
-        except LedeError as error:
-            raise SystemExit(f"error: {error}") from None
+        train(args, show)
     print(f"policy: {args.out / 'policy'}, history: {args.out / 'history.csv'}")
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

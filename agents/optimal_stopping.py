@@ -25,7 +25,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from lede_env.cli import progress_bar
+from lede_env.cli import clear_errors, progress_bar
 from lede_env.data.registry import load_trace
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling
@@ -45,7 +45,7 @@ class Args:
     cost_model: str = "tiny-cpu"  # what time costs
     features: tuple[str, ...] = ("margin", "layer", "match", "echo", "phase", "position")  # what the policy observes
     out: Path = Path("runs/optimal_stopping")  # folder for history.csv and policy/
-    seed: int = 1  # one seed reproduces a run bit for bit on the CPU
+    seed: int = 1  # one seed reproduces a run bit for bit on one CPU thread (OMP_NUM_THREADS=1)
 
     iterations: int = 8  # of: advantages, fit, new policy
     updates: int = 1500  # of the network in each
@@ -53,6 +53,11 @@ class Args:
     hidden: tuple[int, ...] = (64,)  # sizes of the hidden layers
     learning_rate: float = 2e-3  # of Adam, falling linearly to a twentieth
     off_path: float = 0.1  # weight of states that the policy as it stands does not visit
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "updates", "batch_size"):
+            if getattr(self, name) < 1:
+                raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
 
 
 class Rounds:
@@ -268,4 +273,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

@@ -31,6 +31,7 @@ from benchmarks.harness import (
     write_results,
 )
 from benchmarks.tuning import MACHINE, Bench, best, search, setting
+from lede_env.cli import clear_errors
 from lede_env.engine.acceptance import derive_seed
 from lede_env.engine.cost_model import measure
 from lede_env.models.loading import EMBEDDED
@@ -64,7 +65,7 @@ def main(args: Args) -> None:
     test = spread(load_prompts("all", "test"), args.prompts)
     rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {"command": " ".join(["python -m benchmarks.cpu_speed", *sys.argv[1:]]), **machine()}
-    about |= {name: str(value) for name, value in vars(args).items()}
+    about |= {name: str(value) for name, value in vars(args).items() if name != "out"}
     for temperature in args.temperatures:
         found, sweeps = compare(args, temperature, reference, validation, test, console)
         rows += found
@@ -183,4 +184,5 @@ def differences(timings: dict[str, Timing]) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

@@ -22,7 +22,7 @@ from benchmarks.harness import (
     time_methods,
     write_results,
 )
-from lede_env.cli import progress_bar
+from lede_env.cli import clear_errors, progress_bar
 from lede_env.decoding.generate import Generation
 from lede_env.decoding.strategies import Strategy
 from lede_env.engine.cost_model import measure
@@ -145,4 +145,5 @@ def decoder(lm: lede_env.LayeredLM, strategy: Strategy, max_new_tokens: int) -> 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

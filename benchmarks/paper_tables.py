@@ -38,7 +38,7 @@ from benchmarks.harness import (
 from benchmarks.paper_report import BASELINE, LEDE, STATIC, UNLIKE, compact, groups, title
 from benchmarks.paper_results import Results
 from benchmarks.tuning import GRIDS, MACHINE, Bench, best, search, setting
-from lede_env.cli import progress_bar
+from lede_env.cli import clear_errors, progress_bar
 from lede_env.decoding.strategies import STRATEGIES, LayerSkip, Lede, Strategy
 from lede_env.digest import digest
 from lede_env.engine.cost_model import CostModel, load_cost_model, measure
@@ -287,7 +287,5 @@ def profile(bench: Bench, player: Player, prompts: list[tuple[int, list[int]]]) 
 
 
 if __name__ == "__main__":
-    try:
+    with clear_errors():
         main(tyro.cli(Args))
-    except LedeError as error:
-        raise SystemExit(f"error: {error}") from None

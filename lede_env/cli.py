@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,15 +297,13 @@ def doctor() -> None:
     console.print(table)
 
 
-def main() -> None:
-    """Entry point: bad input ends with one clear line and exit status 2."""
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Bad input ends the program with one clear line and exit status 2."""
     try:
         for argument in sys.argv[1:]:
             check_text(argument, f"the argument {argument!r}")
-        app.cli(
-            prog="lede",
-            description="Exit control in self-speculative decoding: environments, data, decoding.",
-        )
+        yield
     except LedeError as error:
         message = escape(" ".join(str(error).split()))  # one line, and no part of it taken for markup
         Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
@@ -313,6 +313,15 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    """Entry point."""
+    with clear_errors():
+        app.cli(
+            prog="lede",
+            description="Exit control in self-speculative decoding: environments, data, decoding.",
+        )
 
 
 if __name__ == "__main__":

@@ -250,6 +250,11 @@ def load_policy(path: str | Path) -> MLPPolicy:
             )
     card = _read_card(card_file)
     try:
+        layers = card["candidate_layers"]
+        if not layers or any(type(layer) is not int for layer in layers) or layers != sorted(set(layers)):
+            raise LedeError(
+                f"{card_file} has candidate_layers={layers!r}; expected ascending numbers; export the policy again"
+            )
         sizes = [len(card["features"]), *card["hidden_sizes"], 2]
         weights, biases = _read_layers(tensor_file, sizes)
         return MLPPolicy(
@@ -265,6 +270,8 @@ def load_policy(path: str | Path) -> MLPPolicy:
             model_name=card["model_name"],
             training=card["training"],
         )
+    except LedeError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise LedeError(f"{card_file} is malformed ({error!r}); export the policy again") from error
 

@@ -24,6 +24,7 @@ from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, re
 from lede_env.digest import digest
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT, ExitPolicy, check_compatible
+from lede_env.registration import pinned
 
 # (observations (N, F), episode numbers (N,), steps into the episode (N,)) -> actions (N,), log-probabilities (N,)
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -37,7 +38,14 @@ def make_player_envs(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
             f"{name}={kwargs[name]!r} cannot be chosen here: whole prompts with all features are played, "
             "select from them when loading"
         )
+    check_env_id(env_id)
     return gym.make_vec(env_id, num_envs=num_envs, **kwargs, **fixed)
+
+
+def check_env_id(env_id: str) -> None:
+    """Raise a LedeError that lists the ids unless Gymnasium knows this one."""
+    if env_id not in gym.registry:
+        pinned(env_id)
 
 
 def play(

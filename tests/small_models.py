@@ -132,6 +132,9 @@ class CoinPolicy:
     def __init__(self, seed=0, p=0.5):
         self.rng, self.p = np.random.default_rng(seed), p
 
+    def __repr__(self) -> str:  # test ids come from it, and must be the same in every process
+        return "CoinPolicy"
+
     def exit_probability(self, observations):
         return (self.rng.random(len(observations)) < self.p).astype(float)
 

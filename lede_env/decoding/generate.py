@@ -203,6 +203,11 @@ def _make_rows(
     streaming: bool = False,
 ) -> list[Row]:
     """A row for each prompt, its arguments checked."""
+    if not isinstance(strategy, Strategy):
+        raise LedeError(
+            f"strategy={strategy!r} is not a strategy; give an instance, such as lede_env.LayerSkip(4, 5), or "
+            "parse_strategy('layerskip:4,5') of lede_env.decoding.strategies"
+        )
     if max_new_tokens < 1:
         raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -37,7 +37,9 @@ def load_model(name: str | os.PathLike, *, device: str = "auto", dtype: str | to
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
     folder, weights = resolve_folder(name)
-    key = (str(folder.resolve()), weights, str(where), kind)
+    files = sorted(path for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern))
+    state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    key = (str(folder.resolve()), state, weights, str(where), kind)
     if key not in _loaded:
         _loaded[key] = _load_folder(str(name), folder, weights, where, kind)
     return _loaded[key]
@@ -118,6 +120,12 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     config = read_config(folder)
     geometry = geometry_of(config)
     source = _Tensors(folder, device, dtype)
+    beyond = f"model.layers.{geometry.n_layers}."
+    if any(tensor.startswith(beyond) for tensor in source.files):
+        raise LedeError(
+            f"{folder} has tensors of layer {geometry.n_layers + 1}, but config.json says {geometry.n_layers} layers; "
+            "its weights do not match its config.json"
+        )
     layers = tuple(_layer(source, index, geometry, config.model_type == "qwen2") for index in range(geometry.n_layers))
     embedding = source.get("model.embed_tokens.weight", geometry.vocab, geometry.hidden)
     tied = bool(config.tie_word_embeddings)

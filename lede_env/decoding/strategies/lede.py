@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
@@ -30,7 +32,13 @@ class _DualControl(Control):
         if isinstance(self.policy, MLPPolicy):
             return self.policy.advantage(signals.inputs(self.policy.features)) > 0.0
         observation = signals.features(self.policy.features)[None]  # (1, F)
-        probability = float(self.policy.exit_probability(observation)[0])
+        answer = np.asarray(self.policy.exit_probability(observation))
+        if answer.shape != (1,) or not 0.0 <= answer[0] <= 1.0:
+            raise LedeError(
+                f"{type(self.policy).__name__}.exit_probability must return 1 number in [0, 1], one an observation; "
+                f"got {answer!r}"
+            )
+        probability = float(answer[0])
         # A coin of its own, known before the token is drawn: a random policy stays lossless.
         return probability >= 1.0 or (probability > 0.0 and self.coins.next() < probability)
 
