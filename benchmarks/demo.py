@@ -36,7 +36,7 @@ class Args:
 
     out: Path = Path("runs/demo")  # folder for the table, the pictures, the policy and the logged trajectories
     exploration_episodes: int = 200  # episodes logged before learning begins (paper section 4.1)
-    online_episodes: int = 200  # episodes played while learning
+    online_episodes: int = 160  # episodes played while learning
     max_new_tokens: int = 96  # tokens a prompt
     prompts: int = 24  # test prompts decoded
     seed: int = 1
@@ -51,8 +51,8 @@ def main(args: Args) -> None:
     console.rule("1. experience and learning")
     agent = train_agent(args, console)
     console.rule("2. the best static setting, on validation prompts")
-    costs = measure("tiny", device="cpu")
-    validation = load_prompts("all", "validation")[::2]
+    costs = measure("tiny", device="cpu", repeats=20)
+    validation = load_prompts("all", "validation")[::3]
     accepted = acceptance_table(lm, validation, args.max_new_tokens, lm.candidate_layers, console)
     static, _ = best_static(accepted, costs)
     console.print(f"best static: exit layer {static.exit_layer}, {static.speculation} drafts a round "

@@ -116,7 +116,7 @@ def test_report(monkeypatch, capsys, tmp_path):
 
 
 def test_compare(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(cli.console, "width", 160)
     monkeypatch.setattr("lede_env.display.compare.REPEATS", 1)
     run(monkeypatch, "def f(x):", "--compare", *ARGUMENTS, "layerskip:3,2")
     out = capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lede_env
 from lede_env.models.loading import load_model, resolve_device
 from lede_env.models.zoo import MODELS, find_spec
 from lede_env.policies import load_policy
@@ -64,7 +65,6 @@ def test_a_fingerprint_covers_what_defines_the_function(checkpoint):
         "low_freq_factor": dict(rope_parameters={**LLAMA3_ROPE, "low_freq_factor": 2.0}),
         "eps": dict(rms_norm_eps=1e-5),
         "tied": dict(tie_word_embeddings=True),
-        "layers": dict(num_hidden_layers=5),
         "context": dict(max_position_embeddings=128),
         "architecture": dict(model_type="mistral", sliding_window=None),
         "eos": dict(generation={"eos_token_id": 3}),
@@ -75,6 +75,11 @@ def test_a_fingerprint_covers_what_defines_the_function(checkpoint):
     # Heads that share the projections differently: the tensors are the same.
     wide = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     assert fingerprint(checkpoint, **wide) not in seen.values()
+
+
+def test_a_config_of_fewer_layers_than_the_weights_is_refused(checkpoint):
+    with pytest.raises(lede_env.LedeError, match=r"has tensors of layer 6, but config\.json says 5 layers"):
+        fingerprint(checkpoint, num_hidden_layers=5)
 
 
 def test_a_fingerprint_covers_nothing_else(checkpoint, tmp_path):

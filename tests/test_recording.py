@@ -281,7 +281,7 @@ def test_bad_arguments(tmp_path, policy, kwargs, message):
 
 
 def test_unknown_environment():
-    with pytest.raises(gym.error.Error, match="LEDE-Giant"):
+    with pytest.raises(LedeError, match="'LEDE-Giant-v0' is unknown; known ids: LEDE-Tiny-v0"):
         make_player_envs("LEDE-Giant-v0", 2)
 
 
