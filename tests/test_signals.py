@@ -15,7 +15,7 @@ from lede_env.engine.signals import (
     PAPER_FEATURES,
     RAW,
     TRACE_WINDOW,
-    Signals,
+    LogitSignals,
     TraceWindow,
     compute_features,
     feature_bounds,
@@ -88,7 +88,7 @@ def test_features_by_hand():
 
 def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
-    signals = Signals(logits, layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25))
+    signals = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
     raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
     np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 0.25, 2.0, 0.25], rtol=1e-5)
     assert signals.best == int(logits.argmax())
@@ -97,7 +97,7 @@ def test_signals_of_the_decoder():
     np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-5)
     # What differences of logits give is computed without the softmax, and is the same.
     cheap = ("margin", "echo", "match", "layer")
-    lazy = Signals(logits, layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25))
+    lazy = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
     np.testing.assert_allclose(lazy.features(cheap), [expected[DRAFT_FEATURES.index(n)] for n in cheap], rtol=1e-5)
     assert lazy._log_p is None
 

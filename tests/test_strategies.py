@@ -18,7 +18,7 @@ from lede_env.decoding.strategies import Del, DraftVerify, FiniteStateMachine, L
 from lede_env.decoding.strategies.del_ import Tally, best_layer
 from lede_env.decoding.strategies.lite import STORED
 from lede_env.engine.round import Round
-from lede_env.engine.signals import Signals
+from lede_env.engine.signals import LogitSignals
 from lede_env.errors import LedeError
 from tests.small_models import scripted_model
 
@@ -27,7 +27,7 @@ GUIDE = Path(__file__).parents[1] / "docs" / "exit_rules.md"
 
 def signals(*probabilities, layer=2):
     logits = torch.tensor(probabilities, dtype=torch.float64).log() + 3.0  # unnormalised
-    return Signals(logits, layer, n_layers=4, position=0, cap=12)
+    return LogitSignals(layer, n_layers=4, position=0, cap=12, logits=logits)
 
 
 def played(drafted, accepted):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lede_env.decoding.rounds import Row, play_round
+from lede_env.decoding import rounds
+from lede_env.decoding.rounds import Row
 from lede_env.decoding.stopwatch import Stopwatch
 from lede_env.decoding.strategies import Autoregressive, Control, Strategy
 from lede_env.decoding.text import TextStream
@@ -156,7 +157,7 @@ def _rounds(lm: LayeredLM, rows: list[Row], sampling: Sampling, stopwatch: Stopw
         stopwatch.start()
         _prefill(session, rows)
         stopwatch.prefilled()
-        active = rows
+        active, play_round = rows, player(session)
         while active:
             play_round(session, active, sampling, stopwatch.lap)
             for row in active:
@@ -164,6 +165,15 @@ def _rounds(lm: LayeredLM, rows: list[Row], sampling: Sampling, stopwatch: Stopw
             active = [row for row in active if not row.finish_reason]
             stopwatch.played()
             yield
+
+
+def player(session: Session) -> Callable[..., None]:
+    """What plays the rounds of a session."""
+    if type(session) is Session:
+        return rounds.play_round
+    from lede_env.decoding import pipelined
+
+    return pipelined.play_round
 
 
 # Inference mode is entered call by call: around a `yield` it would leak into the code that consumes the stream.

@@ -16,7 +16,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import Signals, TraceWindow, no_lap
+from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, no_lap
 
 
 @dataclass
@@ -67,7 +67,7 @@ def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap =
         signals = _draft(session, drafting, sampling, lap)
         # Every draft opens a slot, the last one too: verification runs it through all the layers.
         session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
-        drafting = [row for row, seen in zip(drafting, signals, strict=True) if _goes_on(lm, row, seen)]
+        drafting = [row for row, seen in zip(drafting, signals, strict=True) if goes_on(lm, row, seen)]
         lap("policy")
     states = session.finish([row.index for row in rows])
     _verify(lm, rows, lm.logits(torch.cat(states) if len(states) > 1 else states[0]), sampling)
@@ -78,12 +78,12 @@ def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap =
     lap("verification")
 
 
-def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> list[Signals]:
+def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> list[LogitSignals]:
     """Make the next draft of every row, at a layer of its strategy's path. Returns the signals each left with."""
     lm = session.lm
     paths = {row.index: row.control.path(row.round) for row in rows}
     known = {row.index: row.context() for row in rows}
-    left: dict[int, Signals] = {}
+    left: dict[int, LogitSignals] = {}
     walking, step = rows, 0
     while walking:
         session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
@@ -95,7 +95,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
         best = logits.argmax(-1).tolist() if sampling.greedy and len(walking) > 1 else []
         for at, row in enumerate(walking):
             path, made = paths[row.index], len(row.round.drafts)
-            signals = Signals(logits[at], path[step], lm.n_layers, made, row.control.cap, *known[row.index], lap)
+            context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index])
+            signals = LogitSignals(*context, lap=lap, logits=logits[at])
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)
@@ -122,7 +123,7 @@ def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:
         row.round.drafts.append(token)
 
 
-def _goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
+def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
     """Whether the row makes another draft this round."""
     if row.trace is not None:
         row.draft_trace.append(-signals.log_p_max)
@@ -145,12 +146,16 @@ def _verify(lm: LayeredLM, rows: list[Row], logits: Tensor, sampling: Sampling) 
         outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, draws)
     traced = any(row.trace is not None for row in rows)
     doubts = iter((logits.logsumexp(-1) - logits.amax(-1)).tolist() if traced else ())  # -log p_max
-    for row, (accepted, token) in zip(rows, outcomes, strict=True):
-        own = list(islice(doubts, len(row.round.drafts) + 1))
-        if row.round.settle(accepted, token, lm.eos_ids):
-            row.finish_reason = "eos"
-        if row.trace is not None:
-            for value in own[: len(row.round.emitted)]:
-                row.trace.push(value)
-        if row.lookup is not None:
-            row.lookup.extend(row.round.emitted)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        settle(lm, row, outcome, list(islice(doubts, len(row.round.drafts) + 1)))
+
+
+def settle(lm: LayeredLM, row: Row, outcome: tuple[int, int], doubts: list[float]) -> None:
+    """Book what verification said: (accepted, next token), and the -log p_max of each position if anybody reads it."""
+    if row.round.settle(*outcome, lm.eos_ids):
+        row.finish_reason = "eos"
+    if row.trace is not None:
+        for value in doubts[: len(row.round.emitted)]:
+            row.trace.push(value)
+    if row.lookup is not None:
+        row.lookup.extend(row.round.emitted)

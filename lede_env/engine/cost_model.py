@@ -163,7 +163,7 @@ def _decision(lm) -> Callable[[], object]:
     import torch
 
     from lede_env.engine.lookup import Lookup
-    from lede_env.engine.signals import EXIT_FEATURES, Signals
+    from lede_env.engine.signals import EXIT_FEATURES, LogitSignals
     from lede_env.policies import MLPPolicy, load_policy
 
     policy = load_policy("tiny") if lm.weights == "embedded" else MLPPolicy.random(EXIT_FEATURES, seed=0)
@@ -171,7 +171,7 @@ def _decision(lm) -> Callable[[], object]:
     lookup = Lookup([token % 50 for token in range(256)])
 
     def decide():
-        signals = Signals(logits, 1, lm.n_layers, 0, DRAFT_CAP, 0.0, lookup.guess())
+        signals = LogitSignals(1, lm.n_layers, 0, DRAFT_CAP, 0.0, lookup.guess(), logits=logits)
         return policy.advantage(signals.inputs(policy.features)) > 0.0
 
     return decide

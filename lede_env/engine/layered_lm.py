@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,7 @@ class LayeredLM:
     head: Tensor  # (H, V)
     norm_eps: Tensor  # (), float32 at least
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
+    idle: list = field(default_factory=list)  # sessions on CUDA between two uses, for their graphs
 
     def __repr__(self) -> str:
         return f"LayeredLM({self.name!r}, {self.weights}, {self.n_layers} layers, {self.dtype}, {self.device})"
@@ -85,6 +86,10 @@ class LayeredLM:
         """
         from lede_env.engine.session import Session
 
+        if self.device.type == "cuda" and batch == 1 and has_graphs(self):
+            from lede_env.engine.cuda.session import borrow
+
+            return borrow(self, capacity, width, taps)
         return Session(self, batch, capacity, width, taps)
 
     def embed(self, tokens: Tensor) -> Tensor:

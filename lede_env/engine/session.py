@@ -31,6 +31,8 @@ class Session:
     Use it as a context manager: a session in use refuses a second user, and leaves by any exception usable.
     """
 
+    SLACK = 1  # rounds of slots, and positions after the last valid one, that padding may write
+
     def __init__(self, lm: LayeredLM, batch: int, capacity: int, width: int, taps: Sequence[int] = ()):
         if batch < 1:
             raise LedeError(f"a session needs at least one row, got batch={batch}")
@@ -45,12 +47,12 @@ class Session:
             geometry.n_layers,
             batch,
             geometry.kv_heads,
-            capacity + width,
+            capacity + self.SLACK * width,
             geometry.head_dim,
             lm.dtype,
             lm.device,
         )
-        self.hidden = torch.zeros(batch, width, geometry.hidden, dtype=lm.dtype, device=lm.device)
+        self.hidden = torch.zeros(batch, self.SLACK * width, geometry.hidden, dtype=lm.dtype, device=lm.device)
         self.tapped = {layer: torch.zeros_like(self.hidden) for layer in taps}  # states of the slots leaving a layer
         self.lengths = [0] * batch
         self.depth: list[list[int]] = [[] for _ in range(batch)]

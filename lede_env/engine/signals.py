@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,18 +162,14 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class Signals:
-    """What a strategy may ask of one row at one layer. Computed on demand: not asking costs nothing."""
+    """What a strategy may ask of one row at one layer. Where its numbers come from is a subclass's business."""
 
-    logits: Tensor  # (V,)
     layer: int
     n_layers: int
     position: int  # drafts made so far this round
     cap: int  # the most there can be
     trace: float = 0.0
     guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
-    lap: Callable[[str], None] = no_lap  # the profile's stopwatch
-    _log_p: Tensor | None = None
-    _top: tuple[list[float], Tensor] | None = None  # the TOP largest logits, descending, and their tokens
 
     @property
     def phase(self) -> int:
@@ -180,32 +177,28 @@ class Signals:
         return 2 if self.position else 1
 
     @property
-    def log_p(self) -> Tensor:
-        """(V,) log-probabilities at temperature 1."""
-        if self._log_p is None:
-            self.lap("policy")
-            self._log_p = log_probabilities(self.logits)
-            self.lap("signals")
-        return self._log_p
-
-    @property
-    def top_logits(self) -> tuple[list[float], Tensor]:
-        if self._top is None:
-            self.lap("policy")
-            values, tokens = self.logits.topk(min(TOP, len(self.logits)))
-            self._top = values.tolist(), tokens
-            self.lap("signals")
-        return self._top
-
-    @property
-    def best(self) -> int:
-        """The most probable token."""
-        return int(self.logits.argmax() if self._top is None else self._top[1][0])
+    def largest(self) -> list[float]:
+        """Up to TOP of the largest logits, descending: those that features are made of at least."""
+        raise NotImplementedError
 
     @property
     def log_p_max(self) -> float:
         """Log-probability of the most probable token."""
-        return float(self.log_p[self.best])
+        raise NotImplementedError
+
+    @property
+    def entropy(self) -> float:
+        """Of the distribution, nats."""
+        raise NotImplementedError
+
+    @property
+    def guess_logit(self) -> float:
+        """Logit of the lookup's token, where there is one."""
+        raise NotImplementedError
+
+    def probability(self, token: int) -> float:
+        """Probability of the token drawn from this distribution, at temperature 1."""
+        raise NotImplementedError
 
     @property
     def top1(self) -> float:
@@ -214,16 +207,66 @@ class Signals:
 
     def inputs(self, names: Sequence[str]) -> np.ndarray:
         """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
-        logits = self.top_logits[0]
+        logits = self.largest
         best = self.log_p_max if _NORMALISED.intersection(names) else 0.0  # a shift that differences do not feel
         top = [max(best + (logit - logits[0]), LOG_FLOOR) for logit in logits] + [LOG_FLOOR] * (TOP - len(logits))
-        spread = entropy(self.log_p).item() if "entropy" in names else 0.0
+        spread = self.entropy if "entropy" in names else 0.0
         token, match = self.guess
-        far = LOG_FLOOR if token < 0 else max(float(self.logits[token]) - logits[0], LOG_FLOOR)
-        self.lap("signals")
+        far = LOG_FLOOR if token < 0 else max(self.guess_logit - logits[0], LOG_FLOOR)
         context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
         return np.array((*top, spread, far, *context), np.float32)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
         return self.inputs(names) @ feature_matrix(names)
+
+
+@dataclass(slots=True)
+class LogitSignals(Signals):
+    """Signals of (V,) logits, each computed when it is asked for: not asking costs nothing."""
+
+    logits: Tensor = field(kw_only=True)
+    lap: Callable[[str], None] = no_lap  # the profile's stopwatch
+    _log_p: Tensor | None = None
+    _top: tuple[list[float], Tensor] | None = None  # the TOP largest logits, descending, and their tokens
+
+    @property
+    def log_p(self) -> Tensor:
+        """(V,) log-probabilities at temperature 1."""
+        if self._log_p is None:
+            self._log_p = self._booked(lambda: log_probabilities(self.logits))
+        return self._log_p
+
+    @property
+    def largest(self) -> list[float]:
+        if self._top is None:
+            values, tokens = self._booked(lambda: self.logits.topk(min(TOP, len(self.logits))))
+            self._top = values.tolist(), tokens
+        return self._top[0]
+
+    @property
+    def best(self) -> int:
+        """The most probable token."""
+        return int(self.logits.argmax() if self._top is None else self._top[1][0])
+
+    @property
+    def log_p_max(self) -> float:
+        return float(self.log_p[self.best])
+
+    @property
+    def entropy(self) -> float:
+        return entropy(self.log_p).item()
+
+    @property
+    def guess_logit(self) -> float:
+        return float(self.logits[self.guess[0]])
+
+    def probability(self, token: int) -> float:
+        return float(self.logits.softmax(-1)[token])
+
+    def _booked(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, its time booked on the signals."""
+        self.lap("policy")
+        found = compute()
+        self.lap("signals")
+        return found

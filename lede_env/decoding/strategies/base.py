@@ -26,7 +26,10 @@ class Control:
     taps: tuple[int, ...] = ()  # layers whose states `study` wants to see
 
     def path(self, round_: Round) -> tuple[int, ...]:
-        """Layers at which the next draft may leave, ascending; at the last it does."""
+        """Layers at which the next draft may leave, ascending; at the last it does.
+
+        `round_.exits` has all drafts before it; `round_.drafts` may lack the last one, still on the device.
+        """
         raise NotImplementedError
 
     def leave(self, signals: Signals, round_: Round) -> bool:

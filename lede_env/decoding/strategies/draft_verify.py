@@ -22,8 +22,7 @@ class _Adaptive(Control):
     def keep_drafting(self, signals, round_):
         round_.decisions += 1
         # Of the drawn token, before temperature, top-k and top-p: the largest one when decoding is greedy.
-        probability = float(signals.logits.softmax(-1)[round_.drafts[-1]])
-        return probability >= self.threshold
+        return signals.probability(round_.drafts[-1]) >= self.threshold
 
     def learn(self, round_):
         rate = round_.accepted / len(round_.drafts)

@@ -43,8 +43,7 @@ class _DualControl(Control):
         return probability >= 1.0 or (probability > 0.0 and self.coins.next() < probability)
 
     def path(self, round_):
-        self.left_by_choice = False
-        return self.layers if not round_.drafts else (round_.exits[0],)
+        return (round_.exits[0],) if round_.exits else self.layers
 
     def leave(self, signals, round_):
         self.left_by_choice = self._exit(signals, round_)
@@ -53,7 +52,8 @@ class _DualControl(Control):
     def keep_drafting(self, signals, round_):
         if self.speculation is not None:
             return len(round_.drafts) < self.speculation
-        return self.left_by_choice or self._exit(signals, round_)
+        by_choice, self.left_by_choice = self.left_by_choice, False  # of the round's first draft
+        return by_choice or self._exit(signals, round_)
 
 
 @dataclass(frozen=True, eq=False)

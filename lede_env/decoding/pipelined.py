@@ -1,0 +1,90 @@
+"""One round of one sequence on CUDA graphs, the host always a draft ahead of the decisions.
+
+A drawn token is always verified, so it must pass the early layers whatever the strategy says next. They are launched
+before the host waits for the token: while they run it reads the signals, asks the strategy and looks up the text, and
+the device never stands idle for it. Only walking from layer to layer, where the answer says what runs next, waits.
+The rounds are those of `lede_env.decoding.rounds.play_round`, which plays them everywhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lede_env.decoding.rounds import Row, goes_on, settle
+from lede_env.decoding.stopwatch import Lap
+from lede_env.engine.acceptance import Sampling, greedy_match, speculative_match
+from lede_env.engine.cuda.readout import TOKEN, ReadSignals
+from lede_env.engine.cuda.session import GraphSession
+from lede_env.engine.signals import no_lap
+
+
+@torch.inference_mode()
+def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: Lap = no_lap) -> None:
+    """One round of the one row there is, by the round protocol of design section 4."""
+    (row,) = rows
+    row.open_round()
+    if row.limit == 0:
+        session.open(row.pending, session.lm.n_layers)
+    else:
+        path = row.control.path(row.round)
+        session.open(row.pending, path[0])
+        lap("drafting layers")
+        more = True
+        while more:
+            path, more = _draft(session, row, path, sampling, lap)
+    session.verify()
+    tokens, doubts = session.verified()
+    if sampling.greedy:
+        outcome = greedy_match(row.round.drafts, tokens)
+    else:
+        drafts = len(row.round.drafts)
+        q = list(session.q[:drafts]) if drafts else []  # type: ignore[index]
+        p = sampling.probabilities(session.logits[: drafts + 1])
+        outcome = speculative_match(row.round.drafts, p, q, row.draws)
+    settle(session.lm, row, outcome, doubts)
+    kept = row.round.accepted + 1
+    if row.control.taps:
+        row.round.studied = row.control.study(session.tapped_states(0, kept), session.lm)
+    session.close_round(0, kept)
+    lap("verification")
+
+
+def _draft(
+    session: GraphSession, row: Row, path: tuple[int, ...], sampling: Sampling, lap: Lap
+) -> tuple[tuple[int, ...], bool]:
+    """Make the next draft; its slot stands at the path's first layer. Returns the path of the draft after it, at whose
+    first layer the next slot then stands, and whether to make that draft."""
+    trace, guess = row.context()
+    uniform = None if sampling.greedy else row.draws.next()  # of the layer it leaves at, whichever that is
+    ahead = path
+    for step, layer in enumerate(path):
+        last = step + 1 == len(path)
+        session.read(guess[0], uniform, sampling)
+        lap("heads")
+        if last:
+            ahead = _extend(session, row, layer)
+        values = session.drawn()
+        place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
+        signals = ReadSignals(*place, trace, guess, values=values)
+        lap("signals")
+        if last:
+            break
+        if row.control.leave(signals, row.round):
+            ahead = _extend(session, row, layer)
+            break
+        row.round.checks += 1
+        session.advance([0], [path[step + 1]])
+        lap("drafting layers")
+    row.round.drafts.append(int(values[TOKEN]))
+    row.control.drew(signals, row.round)
+    more = goes_on(session.lm, row, signals)
+    lap("policy")
+    return ahead, more
+
+
+def _extend(session: GraphSession, row: Row, layer: int) -> tuple[int, ...]:
+    """Book the exit; launch what the token just drawn needs in any case, the layers up to its first exit."""
+    row.round.exits.append(layer)
+    path = row.control.path(row.round)
+    session.extend(path[0])
+    return path

@@ -1,0 +1,32 @@
+"""The engine on CUDA for one sequence: Triton kernels, and segments of the model captured as CUDA graphs."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lede_env.engine.layered_lm import LayeredLM
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def has_graphs(lm: LayeredLM) -> bool:
+    """Whether the kernels can run this model; warns, once, where they cannot and it runs eagerly, several times slower.
+
+    Head sizes must be a power of two of at least 16.
+    """
+    dim = lm.geometry.head_dim
+    if lm.dtype not in DTYPES:
+        reason = f"{lm.dtype} has no kernels; use bfloat16, float16 or float32"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "the package triton is missing; install a CUDA build of torch"
+    elif dim < 16 or dim & (dim - 1):
+        reason = f"its heads have {dim} channels, which is no power of two from 16 on"
+    else:
+        return True
+    warnings.warn(f"model {lm.name!r} runs eagerly on CUDA, several times slower: {reason}", stacklevel=3)
+    return False

@@ -1,0 +1,131 @@
+"""What a decision and a draft need of a next-token distribution: read off the logits in two small kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lede_env.engine.signals import CONFIDENCE_K as TOP
+from lede_env.engine.signals import LOG_FLOOR, Signals
+
+BLOCK = 1024  # logits a program of the first kernel reads
+# A read-out, float32: the TOP largest logits, their tokens, and these.
+LOG_SUM, ENTROPY, GUESS, TOKEN, TOKEN_LOGIT = range(2 * TOP, 2 * TOP + 5)
+SIZE = 32
+
+
+@triton.jit
+def _largest(x, index, values_ptr, places_ptr, COUNT: tl.constexpr):
+    """The COUNT largest of x, descending, the lowest index first among equals."""
+    for i in tl.range(0, COUNT):
+        top = tl.max(x, axis=0)
+        place = tl.min(tl.where(x == top, index, 2147483647), axis=0)
+        tl.store(values_ptr + i, top)
+        tl.store(places_ptr + i, place)
+        x = tl.where(index == place, float("-inf"), x)
+
+
+@triton.jit
+def _blocks_kernel(logits_ptr, parts_ptr, values_ptr, places_ptr, V, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Of one block of logits: its maximum, sum of exp(l - max), sum of exp(l - max) (l - max), and COUNT largest."""
+    block = tl.program_id(0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
+    top = tl.max(x, axis=0)
+    weight = tl.exp(x - top)
+    tl.store(parts_ptr + block * 3, top)
+    tl.store(parts_ptr + block * 3 + 1, tl.sum(weight, axis=0))
+    tl.store(parts_ptr + block * 3 + 2, tl.sum(tl.where(weight > 0, weight * (x - top), 0.0), axis=0))
+    _largest(x, index, values_ptr + block * COUNT, places_ptr + block * COUNT, COUNT)
+
+
+@triton.jit
+def _join_kernel(
+    logits_ptr, parts_ptr, values_ptr, places_ptr, out_ptr, tokens_ptr, state_ptr, V, BLOCKS,
+    BP: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr, DRAW: tl.constexpr,
+):  # fmt: skip
+    """Join the blocks. With DRAW the most probable token becomes the draft."""
+    p = tl.arange(0, BP)
+    tops = tl.load(parts_ptr + p * 3, mask=p < BLOCKS, other=float("-inf"))
+    sums = tl.load(parts_ptr + p * 3 + 1, mask=p < BLOCKS, other=0.0)
+    moments = tl.load(parts_ptr + p * 3 + 2, mask=p < BLOCKS, other=0.0)
+    top = tl.max(tops, axis=0)
+    shift = tl.where(p < BLOCKS, tops - top, 0.0)
+    weight = tl.where(p < BLOCKS, tl.exp(shift), 0.0)
+    total = tl.sum(sums * weight, axis=0)
+    mean = tl.sum((moments + sums * shift) * weight, axis=0) / total  # of l - max
+    guess = tl.load(state_ptr + 2)
+    c = tl.arange(0, BC)
+    values = tl.load(values_ptr + c, mask=c < BLOCKS * COUNT, other=float("-inf"))
+    places = tl.load(places_ptr + c, mask=c < BLOCKS * COUNT, other=2147483647)
+    token = tl.min(tl.where(values == top, places, 2147483647), axis=0)
+    for i in tl.range(0, COUNT):
+        best = tl.max(values, axis=0)
+        place = tl.min(tl.where(values == best, places, 2147483647), axis=0)
+        tl.store(out_ptr + i, best)
+        tl.store(out_ptr + COUNT + i, place.to(tl.float32))
+        values = tl.where(places == place, float("-inf"), values)
+    tl.store(out_ptr + 2 * COUNT, top + tl.log(total))
+    tl.store(out_ptr + 2 * COUNT + 1, tl.log(total) - mean)
+    tl.store(out_ptr + 2 * COUNT + 2, tl.load(logits_ptr + tl.maximum(guess, 0)))
+    if DRAW:
+        tl.store(out_ptr + 2 * COUNT + 3, token.to(tl.float32))
+        tl.store(out_ptr + 2 * COUNT + 4, top)
+        tl.store(tokens_ptr + tl.load(state_ptr + 1) + 1, token.to(tl.int64))
+
+
+class ReadOut:
+    """The kernels for one vocabulary, with the scratch memory between them."""
+
+    def __init__(self, vocab: int, device: torch.device):
+        self.vocab, self.blocks = vocab, triton.cdiv(vocab, BLOCK)
+        self.parts = torch.empty(self.blocks, 3, device=device)
+        self.values = torch.empty(self.blocks, TOP, device=device)
+        self.places = torch.empty(self.blocks, TOP, dtype=torch.int32, device=device)
+
+    def __call__(self, logits: Tensor, out: Tensor, tokens: Tensor, state: Tensor, draw: bool) -> None:
+        """Read (V,) float32 logits into `out`, (SIZE,) float32.
+
+        Args:
+            tokens: (.,) int64; with `draw`, the most probable token is written after the open slot.
+            state: (.,) int64: state[1] is the open slot, state[2] the lookup's guess, -1 for none.
+        """
+        _blocks_kernel[(self.blocks,)](
+            logits, self.parts, self.values, self.places, self.vocab, BLOCK=BLOCK, COUNT=TOP, num_warps=4
+        )
+        _join_kernel[(1,)](
+            logits, self.parts, self.values, self.places, out, tokens, state, self.vocab, self.blocks,
+            BP=triton.next_power_of_2(self.blocks), BC=triton.next_power_of_2(self.blocks * TOP), COUNT=TOP, DRAW=draw,
+            num_warps=4,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class ReadSignals(Signals):
+    """Signals that came off the device with the token drawn from them: `values` is a read-out."""
+
+    values: list[float] = field(kw_only=True)
+
+    @property
+    def largest(self) -> list[float]:
+        return [value for value in self.values[:TOP] if value > float("-inf")]
+
+    @property
+    def log_p_max(self) -> float:
+        return max(self.values[0] - self.values[LOG_SUM], LOG_FLOOR)
+
+    @property
+    def entropy(self) -> float:
+        return max(self.values[ENTROPY], 0.0)
+
+    @property
+    def guess_logit(self) -> float:
+        return self.values[GUESS]
+
+    def probability(self, token: int) -> float:
+        return math.exp(self.values[TOKEN_LOGIT] - self.values[LOG_SUM])  # `token` is the one that was drawn

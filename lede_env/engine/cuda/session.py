@@ -1,0 +1,226 @@
+"""A session of one sequence on CUDA: every segment of the model a captured graph over static buffers.
+
+Kernels read the position, the open slot, the lookup's guess and the uniform number of a draw from a small `state` on
+the device, filled by one copy before each graph, so a graph serves every round. Nothing here waits for the device but
+`drawn` and `verified`; the decoder launches the next draft's layers before it asks (`lede_env.decoding.pipelined`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lede_env.engine.acceptance import Sampling
+from lede_env.engine.cuda.attention import Attention
+from lede_env.engine.cuda.linear import embed, linear
+from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
+from lede_env.engine.session import Session
+
+if TYPE_CHECKING:
+    from lede_env.engine.layered_lm import LayeredLM
+
+RING = 64  # host buffers of `state` in turn: more than there are launches between two waits
+GRAPHS = 256  # captured at a time; the least used goes first
+POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
+IDLE = 2  # sessions of a model kept for later
+
+
+def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> GraphSession:
+    """An idle session with that much room, or a new one. It returns when its `with` block ends."""
+    for session in lm.idle:
+        if session.capacity >= capacity and (session.width, session.taps) == (width, tuple(taps)):
+            lm.idle.remove(session)
+            return session
+    room = min(-(-capacity // POSITIONS) * POSITIONS, lm.geometry.context)
+    return GraphSession(lm, max(room, capacity), width, taps)
+
+
+class GraphSession(Session):
+    """As `Session` with one row, its layers, heads and draws on captured graphs.
+
+    `hidden[0]` are the open slots, `logits` (width, V) those of the last verification, `q` (width, V) what each draft
+    was drawn from. Segments run one row, or `width` of them from the open slot on: padding costs nothing where reading
+    the weights does.
+    """
+
+    SLACK = 2
+
+    def __init__(self, lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]):
+        super().__init__(lm, 1, capacity, width, taps)
+        g, device = lm.geometry, lm.device
+        self.taps = tuple(taps)
+        rows = (g.heads + 2 * g.kv_heads) * g.head_dim
+        self._qkv = torch.zeros(width, rows, dtype=lm.dtype, device=device)
+        self._mixed = torch.zeros(width, g.heads * g.head_dim, dtype=lm.dtype, device=device)
+        self._inner = torch.zeros(width, g.mlp, dtype=lm.dtype, device=device)
+        self.logits = torch.zeros(width, g.vocab, device=device)
+        self._draft_logits = torch.zeros(1, g.vocab, device=device)
+        self.q: Tensor | None = None  # made by the first sampled draft
+        self._tokens = torch.zeros(width + 1, dtype=torch.long, device=device)  # of the open slots
+        self._rope = torch.view_as_real(lm.rope)
+        self._attend = {n: Attention(n, g.heads, g.kv_heads, g.head_dim, device) for n in {1, width}}
+        self._read = ReadOut(g.vocab, device)
+        # length, slot, guess or -1, token or -1, bits of the uniform number
+        self._state = torch.zeros(5, dtype=torch.long, device=device)
+        self._uniform = self._state[4:].view(torch.float64)
+        self._ring = torch.zeros(RING, 5, dtype=torch.long).pin_memory()
+        self._ints, self._floats = self._ring.numpy(), self._ring.view(torch.float64).numpy()
+        self._turn = 0
+        self._offsets = torch.arange(width, device=device)
+        self._out = torch.zeros(SIZE, device=device)
+        self._out_host = torch.zeros(SIZE).pin_memory()
+        self._targets = torch.zeros(2, width, dtype=torch.float64, device=device)  # tokens, -log p_max
+        self._targets_host = torch.zeros(2, width, dtype=torch.float64).pin_memory()
+        self._ready = torch.cuda.Event()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        self.lm.idle.insert(0, self)
+        del self.lm.idle[IDLE:]
+
+    # What the decoder asks for, in this order: `open`, then `extend`, `read` and `drawn` for each draft, `verify`.
+
+    def open(self, token: int, goal: int) -> None:
+        """Begin a round: slot 0 holds the pending token; run it through layers 1..goal."""
+        self._enter(goal, token)
+
+    def extend(self, goal: int) -> None:
+        """Open the next slot with the token just drawn, still on the device, and run it through layers 1..goal."""
+        self._enter(goal, -1)
+
+    def _enter(self, goal: int, token: int) -> None:
+        depth = self.depth[0]
+        first = min([goal, *depth[-1:]])  # where waiting slots, if there are, begin to ride along
+        depth.append(first)
+        self._replay(("enter", first), lambda: self._embed_and_run(first), slot=len(depth) - 1, token=token)
+        self.advance([0], [goal])
+
+    def read(self, guess: int, uniform: float | None, sampling: Sampling) -> None:
+        """Read the newest slot's distribution where it stands, and draw the draft that leaves there.
+
+        A later `read` of the slot, at a deeper layer, draws anew.
+        """
+        if sampling.greedy:
+            key, body = ("read",), self._read_greedy
+        else:
+            if self.q is None:
+                self.q = torch.zeros_like(self.logits)
+            key, body = ("read", sampling), lambda: self._read_sampled(sampling)
+        self._replay(key, body, slot=len(self.depth[0]) - 1, guess=guess, uniform=uniform or 0.0)
+        self._out_host.copy_(self._out, non_blocking=True)
+        self._ready.record()
+
+    def drawn(self) -> list[float]:
+        """Wait for the last `read`: its read-out, see `lede_env.engine.cuda.readout`."""
+        self._ready.synchronize()
+        return self._out_host.tolist()
+
+    def verify(self) -> None:
+        """Run every open slot to full depth, and read its distribution."""
+        self.advance([0], [self.lm.n_layers])
+        rows = 1 if len(self.depth[0]) == 1 else self.width
+        self._replay(("verify", rows), lambda: self._verify(rows), slot=0)
+        self._targets_host.copy_(self._targets, non_blocking=True)
+        self._ready.record()
+
+    def verified(self) -> tuple[list[int], list[float]]:
+        """Wait for `verify`: of each open slot the most probable next token, and -log p_max."""
+        self._ready.synchronize()
+        tokens, doubts = self._targets_host[:, : len(self.depth[0])].tolist()
+        return [int(token) for token in tokens], doubts
+
+    # Moving slots: what `Session.advance` calls.
+
+    def advance(self, rows: list[int], targets: list[int]) -> None:
+        """As in `Session`, but tapped layers are no stops: a segment copies their states as it passes."""
+        depth, goal = self.depth[0], targets[0]
+        while depth[-1] < goal:
+            first, tail = depth[-1], depth.index(depth[-1])
+            last = min([goal, *(d for d in depth if first < d)])
+            count = len(depth) - tail
+            self._replay(*self._segment(first, last, 1 if count == 1 else self.width), slot=tail)
+            depth[tail:] = [last] * count
+
+    def _segment(self, first: int, last: int, rows: int) -> tuple[tuple, Callable[[], None]]:
+        return ("run", first, last, rows), lambda: self._run(first, last, rows)
+
+    # Bodies of graphs: nothing in them may depend on the round.
+
+    def _embed_and_run(self, last: int) -> None:
+        embed(self.lm.embedding, self._tokens, self.hidden[0], self._state)
+        self._run(0, last, 1)
+
+    def _run(self, first: int, last: int, rows: int) -> None:
+        """Layers first+1..last over `rows` rows from the open slot on, in place."""
+        lm, x, state = self.lm, self.hidden[0], self._state
+        moved = state[1] + self._offsets[:rows] if self.tapped else None
+        for index in range(first, last):
+            layer = lm.layers[index]
+            linear(x, layer.qkv, self._qkv, state, rows, norm=layer.attention_norm, eps=lm.norm_eps,
+                   bias=layer.qkv_bias, x_at_slot=True)  # fmt: skip
+            cache = self.cache
+            self._attend[rows](self._qkv, cache.keys[index], cache.values[index], self._rope, self._mixed, state)
+            linear(self._mixed, layer.out, x, state, rows, residual=True, out_at_slot=True)
+            linear(x, layer.gate_up, self._inner, state, rows, norm=layer.mlp_norm, eps=lm.norm_eps, gated=True,
+                   x_at_slot=True)  # fmt: skip
+            linear(self._inner, layer.down, x, state, rows, residual=True, out_at_slot=True)
+            if index + 1 in self.tapped:
+                self.tapped[index + 1][0].index_copy_(0, moved, x.index_select(0, moved))
+
+    def _head(self, logits: Tensor, rows: int) -> None:
+        lm = self.lm
+        linear(self.hidden[0], lm.head, logits, self._state, rows, norm=lm.final_norm, eps=lm.norm_eps, x_at_slot=True)
+
+    def _read_greedy(self) -> None:
+        self._head(self._draft_logits, 1)
+        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=True)
+
+    def _read_sampled(self, sampling: Sampling) -> None:
+        assert self.q is not None
+        self._head(self._draft_logits, 1)
+        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=False)
+        slot = self._state[1:2]
+        q = sampling.probabilities(self._draft_logits)
+        total = q.double().cumsum(-1)
+        token = torch.searchsorted(total, total[:, -1:] * self._uniform, right=True)[0]  # (1,), as `draw_rows`
+        self.q.index_copy_(0, slot, q)
+        self._tokens.index_copy_(0, slot + 1, token)
+        self._out[TOKEN : TOKEN + 1] = token
+        self._out[TOKEN_LOGIT : TOKEN_LOGIT + 1] = self._draft_logits[0].gather(0, token)
+
+    def _verify(self, rows: int) -> None:
+        self._head(self.logits, rows)
+        logits = self.logits[:rows]
+        self._targets[0, :rows] = logits.argmax(-1)
+        self._targets[1, :rows] = logits.logsumexp(-1) - logits.amax(-1)
+
+    def _replay(
+        self, key: tuple, body: Callable[[], None], *, slot: int, guess: int = -1, token: int = -1, uniform: float = 0.0
+    ) -> None:
+        """Fill the state and launch a graph, captured at its first use."""
+        turn, self._turn = self._turn, (self._turn + 1) % RING
+        self._ints[turn, :4] = self.lengths[0], slot, guess, token
+        self._floats[turn, 4] = uniform
+        self._state.copy_(self._ring[turn], non_blocking=True)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(body)
+            if len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        self._graphs[key].replay()
+
+    def _capture(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        before = self.hidden.clone()
+        body()  # compiles the kernels; what it writes but for the states, the graph writes again
+        self.hidden.copy_(before)
+        torch.cuda.synchronize(self.lm.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            body()
+        return graph
