@@ -70,6 +70,7 @@ class LayeredLM:
     head: Tensor  # (H, V)
     norm_eps: Tensor  # (), float32 at least
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
+    donor_layers: int | None = None  # of a twin: the depth of the model whose function it computes
 
     def __repr__(self) -> str:
         return f"LayeredLM({self.name!r}, {self.weights}, {self.n_layers} layers, {self.dtype}, {self.device})"

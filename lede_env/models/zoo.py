@@ -67,3 +67,18 @@ def default_candidates(n_layers: int) -> tuple[int, ...]:
     """Candidate exits of a model the zoo does not list: an eighth to a half of its depth."""
     shares = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
     return tuple(sorted({min(max(1, round(share * n_layers)), n_layers - 1) for share in shares}))
+
+
+def twin_name(name: str) -> str:
+    """What the geometry twin of a model is called, wherever a name stands."""
+    return f"{name}-twin"
+
+
+def find_twin(name: str) -> ModelSpec | None:
+    """The row whose geometry twin has this name, in any case; None where there is none."""
+    return next((spec for spec in MODELS.values() if spec.hub_id and twin_name(spec.name) == name.lower()), None)
+
+
+def twin_layer(layer: int, donor_layers: int, n_layers: int) -> int:
+    """Where the `layer`-th of a donor's layers sits in a twin `n_layers` deep: at the same share of the depth."""
+    return -(-layer * n_layers // donor_layers)  # rounded up
