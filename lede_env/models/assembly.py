@@ -1,4 +1,4 @@
-"""From named tensors to a `LayeredLM`: fused projections, memory layouts and rotations, wherever the tensors come from."""
+"""From named tensors to a `LayeredLM`: fused projections, memory layouts, rotations, whatever made the tensors."""
 
 from __future__ import annotations
 

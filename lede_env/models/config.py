@@ -130,7 +130,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (hidden, mlp),
     }
     if config.model_type == "qwen2":
-        layer |= {f"self_attn.{part}_proj.bias": (rows,) for part, rows in zip("qkv", (queries, keys, keys), strict=True)}
+        layer |= {f"self_attn.{part}_proj.bias": layer[f"self_attn.{part}_proj.weight"][:1] for part in "qkv"}
     numbers = range(geometry.n_layers)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (geometry.vocab, hidden)}
     shapes |= {f"model.layers.{number}.{name}": shape for number in numbers for name, shape in layer.items()}

@@ -13,7 +13,7 @@ from lede_env.models.assembly import assemble
 from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import read_config, read_eos_ids, settings_of
 from lede_env.models.twin import MARK, read_mark, twin_model
-from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_name
+from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_name, twin_spec
 
 EMBEDDED = Path(__file__).parent / "tiny"
 _loaded: dict[tuple, LayeredLM] = {}
@@ -42,7 +42,9 @@ def load_model(
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    twin = resolve_twin(str(name), weights)
+    if weights not in ("auto", "twin"):
+        raise LedeError(f"weights={weights!r} is unknown; use 'auto' or 'twin'")
+    twin = twin_spec(str(name)) if weights == "twin" else find_twin(str(name))
     folder, origin = (EMBEDDED, twin_name(twin.name)) if twin else resolve_folder(name)
     files = sorted(path for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern))
     state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
@@ -52,17 +54,6 @@ def load_model(
             twin_model(twin, folder, where, kind) if twin else _load_folder(str(name), folder, origin, where, kind)
         )
     return _loaded[key]
-
-
-def resolve_twin(name: str, weights: str) -> ModelSpec | None:
-    """The row whose geometry twin is asked for, by `weights` or by the twin's own name; None where it is not a twin."""
-    if weights not in ("auto", "twin"):
-        raise LedeError(f"weights={weights!r} is unknown; use 'auto' or 'twin'")
-    spec = find_twin(name) or (find_spec(name) if weights == "twin" else None)
-    if weights == "twin" and (spec is None or spec.hub_id is None):
-        others = ", ".join(spec.name for spec in MODELS.values() if spec.hub_id)
-        raise LedeError(f"weights='twin' needs one of the paper's models ({others}), not {name!r}")
-    return spec
 
 
 def resolve_device(device: str) -> torch.device:

@@ -6,16 +6,17 @@ embedded model. `load_model("llama2-7b", weights="twin")` makes one on the devic
 
 How the donor, of hidden size d, lies in the target, of hidden size H:
 
-| part | in the twin |
-|---|---|
-| residual, d to H | channels 0..d-1; then copies of them that only the norms' mean square sees, so many that H / (copies d) |
-|                  | is a power of 4; the last channel is a constant; the rest stay 0 |
-| RMSNorm | gains times sqrt(copies d / H), a power of two, so exact in any dtype; 0 at copies and constant; eps to match |
-| heads | the donor's KV head i in slot i, its queries first in the slot's group; all else meets zeros in o_proj |
-| head size | rotary pair i goes to pair i D / D_donor, of the same frequency; queries times sqrt(D / D_donor) |
-| MLP | neurons 0..m-1; the others meet zeros in down_proj |
-| depth | donor layer i at `twin_layer(i)`; o_proj and down_proj of the layers between are zero: they pass the residual on |
-| vocabulary | tokens 0..v-1; the head puts the others far below by the constant channel |
+- Residual: channels 0..d-1; then copies of them that only the norms' mean square sees, so many that H / (copies d) is
+  a power of 4; the last channel is a constant; the others stay 0.
+- RMSNorm: gains times sqrt(copies d / H), a power of two and so exact in any dtype; 0 at the copies and the constant;
+  eps to match.
+- Heads: the donor's KV head i is slot i, its queries come first in that slot's group; whatever else the heads hold
+  meets zeros in o_proj.
+- Head size: rotary pair i is pair i D / D_donor, which has its frequency; queries are times sqrt(D / D_donor).
+- MLP: neurons 0..m-1; the others meet zeros in down_proj.
+- Depth: donor layer i is layer `twin_layer(i)`; the layers between have zeros in o_proj and down_proj, so they pass the
+  residual on.
+- Vocabulary: tokens 0..v-1; the head puts the others far below, by the constant channel.
 
 Whatever cannot reach the result is small random values, for zeros change a GPU's power draw.
 """
@@ -38,7 +39,7 @@ from lede_env.errors import LedeError
 from lede_env.models.assembly import Tensors, assemble, random_values
 from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import geometry_of, read_config, read_eos_ids, settings_of, spec_config
-from lede_env.models.zoo import ModelSpec, twin_layer, twin_name
+from lede_env.models.zoo import ModelSpec, twin_layer, twin_name, twin_spec
 
 CONTEXT = 4096  # for timing: beyond the donor's training length
 MARK = "lede_twin"  # what a written twin's config.json says of it
@@ -73,7 +74,8 @@ class TwinTensors(Tensors):
         self.spec, self.donor = spec, FolderTensors(donor, config, torch.device("cpu"), wide)
         mine, small = self.geometry, self.donor.geometry
         self.copies = residual_copies(mine.hidden, small.hidden)
-        self.layers = {twin_layer(layer, small.n_layers, mine.n_layers): layer for layer in range(1, small.n_layers + 1)}
+        numbers = range(1, small.n_layers + 1)
+        self.layers = {twin_layer(number, small.n_layers, mine.n_layers): number for number in numbers}
         group, small_group = mine.heads // mine.kv_heads, small.heads // small.kv_heads
         self.query_slots = [head // small_group * group + head % small_group for head in range(small.heads)]
         queries, keys = (_channels(slots, mine, small) for slots in (self.query_slots, list(range(small.kv_heads))))
@@ -95,12 +97,11 @@ class TwinTensors(Tensors):
 
     def get(self, name: str) -> Tensor:
         *_, module, _ = name.split(".")
+        if module in ("embed_tokens", "lm_head"):
+            return self._vocabulary(name)
         donor = self._donor(name)
         if module.endswith("norm"):
             return self._norm(module, donor)
-        if module in ("embed_tokens", "lm_head"):
-            assert donor is not None  # it belongs to no layer
-            return self._vocabulary(name, donor)
         if module in ("o_proj", "down_proj"):
             return self._writing(name, self.places[module], donor)
         weights = random_values(name, self.shapes[name], FILLER, self.device, self.dtype)
@@ -115,8 +116,7 @@ class TwinTensors(Tensors):
     def _donor(self, name: str) -> Tensor | None:
         """The donor's tensor that lies in this one; None in the layers between."""
         if not name.startswith("model.layers."):
-            tied = name == "lm_head.weight" and name not in self.donor.shapes
-            return self.donor.get("model.embed_tokens.weight" if tied else name)
+            return self.donor.get(name)
         _, _, number, rest = name.split(".", 3)
         layer = self.layers.get(int(number) + 1)
         return None if layer is None else self.donor.get(f"model.layers.{layer - 1}.{rest}")
@@ -140,8 +140,9 @@ class TwinTensors(Tensors):
             weights[: self.copies * len(donor), inputs.to(self.device)] = self._here(donor).repeat(self.copies, 1)
         return weights
 
-    def _vocabulary(self, name: str, donor: Tensor) -> Tensor:
+    def _vocabulary(self, name: str) -> Tensor:
         """The embedding or the head: the donor's rows, and those of tokens that never come."""
+        donor = self.donor.get(name if name in self.donor.shapes else "model.embed_tokens.weight")
         table = random_values(name, self.shapes[name], FILLER, self.device, self.dtype)
         tokens, hidden = donor.shape
         table[tokens:, -1] = -FAR  # an embedding is a tied head's as well
@@ -302,10 +303,9 @@ def main(model: str, out: Path, dtype: str = "bfloat16", device: str = "auto") -
         dtype: bfloat16, float16 or float32.
         device: where the tensors are made: auto, cpu, cuda or cuda:N.
     """
-    from lede_env.models.loading import EMBEDDED, resolve_device, resolve_dtype, resolve_twin
+    from lede_env.models.loading import EMBEDDED, resolve_device, resolve_dtype
 
-    where = resolve_device(device)
-    spec = resolve_twin(model, "twin")
+    spec, where = twin_spec(model), resolve_device(device)
     write_twin(spec, EMBEDDED, out, where, resolve_dtype(dtype, where))
     print(f"{out}: the twin of {spec.name}; lede_env.load_model({str(out)!r}) loads it")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lede_env.errors import LedeError
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -77,6 +79,15 @@ def twin_name(name: str) -> str:
 def find_twin(name: str) -> ModelSpec | None:
     """The row whose geometry twin has this name, in any case; None where there is none."""
     return next((spec for spec in MODELS.values() if spec.hub_id and twin_name(spec.name) == name.lower()), None)
+
+
+def twin_spec(name: str) -> ModelSpec:
+    """The row whose geometry twin is asked for by the model's name or the twin's; a LedeError where there is none."""
+    spec = find_twin(name) or find_spec(name)
+    if spec is None or spec.hub_id is None:
+        others = ", ".join(spec.name for spec in MODELS.values() if spec.hub_id)
+        raise LedeError(f"weights='twin' needs one of the paper's models ({others}), not {name!r}")
+    return spec
 
 
 def twin_layer(layer: int, donor_layers: int, n_layers: int) -> int:
