@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lede_env.errors import LedeError
+from lede_env.models.zoo import twin_layer
 
 CONTINUE, EXIT = 0, 1
 FORMAT_VERSION = 1
@@ -201,6 +202,11 @@ class MLPPolicy:
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         q = self.q_values(observations)
         return (q[:, EXIT] > q[:, CONTINUE]).astype(np.float64)
+
+    def relabelled(self, n_layers: int) -> MLPPolicy:
+        """This policy on a geometry twin of its model, `n_layers` deep: its candidates are where their layers lie."""
+        layers = tuple(twin_layer(layer, self.n_layers, n_layers) for layer in self.candidate_layers)
+        return replace(self, n_layers=n_layers, candidate_layers=layers)
 
     def save(self, folder: str | Path) -> Path:
         """Write policy.json and policy.safetensors into `folder`, made if missing; returns the folder."""

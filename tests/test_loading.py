@@ -129,7 +129,7 @@ def private_bytes():
 
 @pytest.mark.gpu
 def test_the_host_keeps_no_copy_of_weights_on_a_gpu(tmp_path, monkeypatch):
-    from lede_env.models import loading
+    from lede_env.models.checkpoint import FolderTensors
 
     big = dict(vocab_size=8192, hidden_size=2048, intermediate_size=8192, num_attention_heads=16)
     save_random_model(tmp_path / "whole", "llama", num_hidden_layers=3, num_key_value_heads=16, **big)
@@ -142,16 +142,33 @@ def test_the_host_keeps_no_copy_of_weights_on_a_gpu(tmp_path, monkeypatch):
     del tensors
     load_model("tiny", device="cuda")  # the context and the libraries
     before, seen = private_bytes(), []
-    get = loading._Tensors.get
+    get = FolderTensors.get
 
-    def watched(self, name, *shape):
-        tensor = get(self, name, *shape)
+    def watched(self, name):
+        tensor = get(self, name)
         seen.append(private_bytes() - before)
         return tensor
 
-    monkeypatch.setattr(loading._Tensors, "get", watched)
+    monkeypatch.setattr(FolderTensors, "get", watched)
     load_model(tmp_path / "shards", device="cuda")
     assert max(seen) <= largest + 2**23 < total / 4, (max(seen), largest, total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_holds_one_tensor_beside_the_model(tmp_path, tied):
+    big = dict(vocab_size=8192, hidden_size=2048, intermediate_size=8192, num_attention_heads=16)
+    more = dict(num_hidden_layers=3, num_key_value_heads=16, tie_word_embeddings=tied)
+    save_random_model(tmp_path, "llama", **big, **more)
+    load_model("tiny", device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    load_model(tmp_path, device="cuda")  # float64 to bfloat16
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    weights, largest = 2 * sum(tensor.numel() for tensor in tensors), 2 * max(tensor.numel() for tensor in tensors)
+    held = torch.cuda.max_memory_reserved() - before
+    assert held <= weights + largest + 2**26, (held, weights, largest)
 
 
 # --- the table of models

@@ -317,12 +317,6 @@ def test_without_weights_one_message_says_what_to_do(monkeypatch, env_id):
         gym.make(env_id, device="tpu")
 
 
-@pytest.mark.parametrize("env_id", TWINS)
-def test_live_twins_come_later(env_id):
-    with pytest.raises(LedeError, match="no live form yet; use backend='trace'"):
-        gym.make(env_id)
-
-
 # --- the command line
 
 

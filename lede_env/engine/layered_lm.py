@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.engine.cuda import has_graphs
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 from lede_env.tasks import check_text
@@ -70,6 +71,7 @@ class LayeredLM:
     head: Tensor  # (H, V)
     norm_eps: Tensor  # (), float32 at least
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
+    donor_layers: int | None = None  # of a twin: the depth of the model whose function it computes
     idle: list = field(default_factory=list)  # sessions on CUDA between two uses, for their graphs
 
     def __repr__(self) -> str:

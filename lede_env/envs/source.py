@@ -23,7 +23,7 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.trace_backend import check_model, check_prompts
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_dtype
-from lede_env.models.zoo import MODELS, ModelSpec, find_spec
+from lede_env.models.zoo import MODELS, ModelSpec, find_spec, twin_name, twin_spec
 from lede_env.registration import ids_of
 from lede_env.tasks import TASKS, load_prompts
 
@@ -93,14 +93,9 @@ def load_weights(config: ExitConfig) -> LayeredLM:
     Raises:
         LedeError: it is not to be had; the message says what can be done about it.
     """
-    if config.weights == "twin":
-        raise LedeError(
-            f"the twin of {config.model!r} has no live form yet; use backend='trace', which plays the embedded "
-            "model's trace with the layers relabelled"
-        )
     spec = find_spec(str(config.model))
-    if spec is None or spec.hub_id is None:
-        return load_model(config.model, device=config.device, dtype=config.dtype)
+    if spec is None or spec.hub_id is None or config.weights == "twin":
+        return load_model(config.model, weights=config.weights, device=config.device, dtype=config.dtype)
     resolve_dtype(config.dtype, resolve_device(config.device))  # so that what follows is about the weights
     try:
         return load_model(config.model, device=config.device, dtype=config.dtype)
@@ -116,7 +111,7 @@ def _trace(config: ExitConfig) -> Source:
     layers, sampling = checked_layers(config.candidate_layers), _sampling(config)
     spec = find_spec(str(config.model))
     if config.weights == "twin":
-        trace, vocab = _twin_trace(config, spec, layers)
+        trace, vocab = _twin_trace(config, layers)
     else:
         name = spec.name if spec else str(config.model)
         trace = load_trace(config.trace or default_trace(name, config.temperature))
@@ -136,15 +131,12 @@ def _trace(config: ExitConfig) -> Source:
     return Source(trace, prompt_ids, model, vocab, layers, sampling, table)
 
 
-def _twin_trace(config: ExitConfig, spec: ModelSpec | None, layers: tuple[int, ...]) -> tuple[Trace, int]:
+def _twin_trace(config: ExitConfig, layers: tuple[int, ...]) -> tuple[Trace, int]:
     """The embedded model's trace under the names of its twin's layers, and the twin's vocabulary."""
-    donor = MODELS["tiny"]
-    if spec is None or spec is donor:
-        others = ", ".join(name for name in MODELS if name != donor.name)
-        raise LedeError(f"weights='twin' needs one of the paper's models ({others}), not {config.model!r}")
+    donor, spec = MODELS["tiny"], twin_spec(str(config.model))
     trace = load_trace(config.trace or default_trace(donor.name, config.temperature))
     _check_origin(trace, donor)
-    return relabel(trace, spec.n_layers, layers, f"{spec.name}-twin"), spec.vocab
+    return relabel(trace, spec.n_layers, layers, twin_name(spec.name)), spec.vocab
 
 
 def _check_origin(trace: Trace, spec: ModelSpec) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lede_env.engine.layered_lm import Geometry
 from lede_env.errors import LedeError
+from lede_env.models.zoo import ModelSpec
 
 FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -110,6 +111,54 @@ def geometry_of(config: Any) -> Geometry:
         vocab=config.vocab_size,
         context=config.max_position_embeddings,
     )
+
+
+def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint by its name, layer by layer."""
+    geometry = geometry_of(config)
+    hidden, mlp = geometry.hidden, geometry.mlp
+    queries, keys = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (mlp, hidden),
+        "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+    }
+    if config.model_type == "qwen2":
+        layer |= {f"self_attn.{part}_proj.bias": layer[f"self_attn.{part}_proj.weight"][:1] for part in "qkv"}
+    numbers = range(geometry.n_layers)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (geometry.vocab, hidden)}
+    shapes |= {f"model.layers.{number}.{name}": shape for number in numbers for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (geometry.vocab, hidden)
+    return shapes
+
+
+def spec_config(spec: ModelSpec, context: int, **changes: Any) -> Any:
+    """The transformers config of a row of the zoo, at a context of at most `context`; without RoPE scaling."""
+    from transformers import LlamaConfig
+
+    settings = dict(
+        vocab_size=spec.vocab,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.mlp,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=min(context, spec.context),
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        tie_word_embeddings=spec.tied,
+        architectures=["LlamaForCausalLM"],
+    )
+    return LlamaConfig(**{**settings, **changes})
 
 
 def settings_of(config: Any, geometry: Geometry, eos_ids: tuple[int, ...]) -> dict[str, Any]:

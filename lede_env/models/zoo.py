@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lede_env.errors import LedeError
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -67,3 +69,27 @@ def default_candidates(n_layers: int) -> tuple[int, ...]:
     """Candidate exits of a model the zoo does not list: an eighth to a half of its depth."""
     shares = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
     return tuple(sorted({min(max(1, round(share * n_layers)), n_layers - 1) for share in shares}))
+
+
+def twin_name(name: str) -> str:
+    """What the geometry twin of a model is called, wherever a name stands."""
+    return f"{name}-twin"
+
+
+def find_twin(name: str) -> ModelSpec | None:
+    """The row whose geometry twin has this name, in any case; None where there is none."""
+    return next((spec for spec in MODELS.values() if spec.hub_id and twin_name(spec.name) == name.lower()), None)
+
+
+def twin_spec(name: str) -> ModelSpec:
+    """The row whose geometry twin is asked for by the model's name or the twin's; a LedeError where there is none."""
+    spec = find_twin(name) or find_spec(name)
+    if spec is None or spec.hub_id is None:
+        others = ", ".join(spec.name for spec in MODELS.values() if spec.hub_id)
+        raise LedeError(f"weights='twin' needs one of the paper's models ({others}), not {name!r}")
+    return spec
+
+
+def twin_layer(layer: int, donor_layers: int, n_layers: int) -> int:
+    """Where the `layer`-th of a donor's layers sits in a twin `n_layers` deep: at the same share of the depth."""
+    return -(-layer * n_layers // donor_layers)  # rounded up

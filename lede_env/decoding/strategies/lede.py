@@ -58,7 +58,7 @@ class _DualControl(Control):
 
 @dataclass(frozen=True, eq=False)
 class Lede(Strategy):
-    """The policy given, or the one that ships with the model.
+    """The policy given, or the one that ships with the model; a geometry twin takes those of its donor.
 
     The ablations of the paper's Table 3 fix one of the two controls: `exit_layer` ("w/o dynamic exit") or
     `speculation`, the draft length ("w/o adaptive drafting").
@@ -85,9 +85,11 @@ class Lede(Strategy):
     def start(self, lm, seed) -> Control:
         policy = self.policy
         if policy is None:
-            if lm.weights != "embedded":
+            if lm.weights not in ("embedded", "twin"):
                 raise LedeError(f"no policy ships with model {lm.name!r}; train one and pass Lede(load_policy(PATH))")
             policy = load_policy("tiny")
+        if isinstance(policy, MLPPolicy) and policy.n_layers == lm.donor_layers:
+            policy = policy.relabelled(lm.n_layers)
         made_for = getattr(policy, "n_layers", lm.n_layers)  # of those that read the layer number off a share of L
         if made_for != lm.n_layers:
             raise LedeError(f"the policy was made for {made_for} layers, but {lm.name} has {lm.n_layers}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.errors import LedeError
 from lede_env.models.loading import EMBEDDED
+from lede_env.models.zoo import twin_layer
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
@@ -61,11 +62,12 @@ class Lite(Strategy):
 
 
 def stored_thresholds(lm: LayeredLM) -> dict[int, float]:
-    """The thresholds that were calibrated for this model, by layer; raises LedeError where there are none."""
-    if lm.weights == "embedded" and STORED.is_file():
+    """The thresholds that were calibrated for this model or a twin's donor, by layer; raises LedeError if none were."""
+    if lm.weights in ("embedded", "twin") and STORED.is_file():
         card = json.loads(STORED.read_text())
         if card["model_fingerprint"] == lm.fingerprint:
-            return {int(layer): threshold for layer, threshold in card["thresholds"].items()}
+            donor_layers, stored = lm.donor_layers or lm.n_layers, card["thresholds"].items()
+            return {twin_layer(int(layer), donor_layers, lm.n_layers): threshold for layer, threshold in stored}
     raise LedeError(
         f"no Lite thresholds are stored for model {lm.name!r}; run `python -m lede_env.decoding.calibrate_lite "
         f"--model {lm.name}` and pass the thresholds it prints: Lite({{...}})"
