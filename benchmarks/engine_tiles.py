@@ -167,7 +167,11 @@ def main(args: Args) -> None:
             rows_out.append({**shape, **tiles, "us": micros, "TB/s": rate})
     rows_out.sort(key=lambda row: (row["product"], row["inputs"], row["outputs"], row["rows"], row["us"]))
     keys = list(dict.fromkeys((r["product"], r["inputs"], r["outputs"], r["rows"]) for r in rows_out))
-    best = [r for key in keys for r in [r for r in rows_out if (r["product"], r["inputs"], r["outputs"], r["rows"]) == key][:3]]
+    best = [
+        r
+        for key in keys
+        for r in [r for r in rows_out if (r["product"], r["inputs"], r["outputs"], r["rows"]) == key][:3]
+    ]
     print_table("the three fastest of each product", best, console)
     write_results(args.out, "engine_tiles", best, machine("cuda"))
 

@@ -12,7 +12,7 @@ import torch
 
 from lede_env.decoding.rounds import Row, goes_on, settle
 from lede_env.decoding.stopwatch import Lap
-from lede_env.engine.acceptance import Sampling, greedy_match, speculative_match
+from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cuda.readout import TOKEN, ReadSignals
 from lede_env.engine.cuda.session import GraphSession
 from lede_env.engine.signals import no_lap
@@ -32,16 +32,11 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
         more = True
         while more:
             path, more = _draft(session, row, path, sampling, lap)
-    session.verify()
-    tokens, doubts = session.verified()
-    if sampling.greedy:
-        outcome = greedy_match(row.round.drafts, tokens)
-    else:
-        drafts = len(row.round.drafts)
-        q = list(session.q[:drafts]) if drafts else []  # type: ignore[index]
-        p = sampling.probabilities(session.logits[: drafts + 1])
-        outcome = speculative_match(row.round.drafts, p, q, row.draws)
-    settle(session.lm, row, outcome, doubts)
+    drafts = len(row.round.drafts)
+    session.verify(() if sampling.greedy else row.draws.peek(drafts + 1), sampling)
+    accepted, token, doubts = session.verified()
+    row.draws.count += 0 if sampling.greedy else min(accepted + 1, drafts) + 1
+    settle(session.lm, row, (accepted, token), doubts)
     kept = row.round.accepted + 1
     if row.control.taps:
         row.round.studied = row.control.study(session.tapped_states(0, kept), session.lm)

@@ -42,7 +42,14 @@ class Draws:
 
     def next(self) -> float:
         self.count += 1
-        return (_mix((self.key + self.count * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+        return self._number(self.count)
+
+    def peek(self, count: int) -> list[float]:
+        """The next numbers, not yet used up."""
+        return [self._number(self.count + 1 + i) for i in range(count)]
+
+    def _number(self, place: int) -> float:
+        return (_mix((self.key + place * _GOLDEN) & _MASK) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True)

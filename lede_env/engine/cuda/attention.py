@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lede_env.engine.cuda.linear import LAUNCH, PDL, wait_for_earlier
+
 BLOCK = 64  # cached positions at a time
 PROGRAMS = 264  # two a multiprocessor of an H100 or H200: what the splits aim at
 
@@ -26,10 +28,11 @@ def _turned(base_ptr, offsets, mask, rope_ptr, positions, d, DIM: tl.constexpr):
 def _attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, out_ptr, part_ptr, stats_ptr, arrived_ptr, state_ptr, scale,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
-    BR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
+    BR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One KV head, one split of the cached positions. The last split also attends to the new positions, and stores
     their keys and values; the last split to finish joins the parts."""
+    wait_for_earlier(PDL)
     head, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(state_ptr) + tl.load(state_ptr + 1)  # position of the first new row
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM  # of a row of qkv
@@ -81,23 +84,21 @@ def _attention_kernel(
     else:
         part = part_ptr + ((head * SPLITS + split) * BR + r)[:, None] * DIM + d[None, :]
         stats = stats_ptr + (head * SPLITS + split) * 2 * BR + r
-        tl.store(part, acc)
+        tl.store(part, acc, mask=valid[:, None])
         tl.store(stats, best)
         tl.store(stats + BR, total)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
-            best = tl.full((BR,), -1e30, tl.float32)
-            total = tl.zeros((BR,), tl.float32)
+            every = tl.arange(0, SPLITS)
+            stats = stats_ptr + (head * SPLITS + every)[:, None] * 2 * BR + r[None, :]
+            bests = tl.load(stats, cache_modifier=".cg")  # (SPLITS, BR)
+            weights = tl.exp(bests - tl.max(bests, axis=0)[None, :])
+            total = tl.sum(tl.load(stats + BR, cache_modifier=".cg") * weights, axis=0)
             acc = tl.zeros((BR, DIM), tl.float32)
-            for other in tl.range(0, SPLITS):
+            for other in tl.static_range(SPLITS):
                 part = part_ptr + ((head * SPLITS + other) * BR + r)[:, None] * DIM + d[None, :]
-                stats = stats_ptr + (head * SPLITS + other) * 2 * BR + r
-                theirs = tl.load(stats, cache_modifier=".cg")
-                higher = tl.maximum(best, theirs)
-                mine, its = tl.exp(best - higher), tl.exp(theirs - higher)
-                total = total * mine + tl.load(stats + BR, cache_modifier=".cg") * its
-                acc = acc * mine[:, None] + tl.load(part, cache_modifier=".cg") * its[:, None]
-                best = higher
+                weight = tl.sum(tl.where((every == other)[:, None], weights, 0.0), axis=0)  # (BR,)
+                acc += tl.load(part, mask=valid[:, None], other=0.0, cache_modifier=".cg") * weight[:, None]
             tl.store(result, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None])
             tl.store(arrived_ptr + head, 0)
 
@@ -127,5 +128,5 @@ class Attention:
             qkv, keys, values, rope, out, self.part, self.stats, self.arrived, state, self.dim**-0.5,
             ROWS=self.rows, HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, GROUP=self.group,
             BR=self.block, BJ=max(16, triton.next_power_of_2(self.rows)), BT=BLOCK, SPLITS=self.splits,
-            num_warps=4, num_stages=2,
+            PDL=PDL, num_warps=4, num_stages=2, **LAUNCH,
         )  # fmt: skip

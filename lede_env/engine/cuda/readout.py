@@ -31,9 +31,12 @@ def _largest(x, index, values_ptr, places_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _blocks_kernel(logits_ptr, parts_ptr, values_ptr, places_ptr, V, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _blocks_kernel(
+    logits_ptr, parts_ptr, values_ptr, places_ptr, state_ptr, V, BLOCK: tl.constexpr, COUNT: tl.constexpr
+):
     """Of one block of logits: its maximum, sum of exp(l - max), sum of exp(l - max) (l - max), and COUNT largest."""
     block = tl.program_id(0)
+    logits_ptr += tl.load(state_ptr + 1) * V
     index = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
     top = tl.max(x, axis=0)
@@ -50,6 +53,7 @@ def _join_kernel(
     BP: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr, DRAW: tl.constexpr,
 ):  # fmt: skip
     """Join the blocks. With DRAW the most probable token becomes the draft."""
+    logits_ptr += tl.load(state_ptr + 1) * V
     p = tl.arange(0, BP)
     tops = tl.load(parts_ptr + p * 3, mask=p < BLOCKS, other=float("-inf"))
     sums = tl.load(parts_ptr + p * 3 + 1, mask=p < BLOCKS, other=0.0)
@@ -89,14 +93,14 @@ class ReadOut:
         self.places = torch.empty(self.blocks, TOP, dtype=torch.int32, device=device)
 
     def __call__(self, logits: Tensor, out: Tensor, tokens: Tensor, state: Tensor, draw: bool) -> None:
-        """Read (V,) float32 logits into `out`, (SIZE,) float32.
+        """Read the open slot's row of (., V) float32 logits into `out`, (SIZE,) float32.
 
         Args:
             tokens: (.,) int64; with `draw`, the most probable token is written after the open slot.
             state: (.,) int64: state[1] is the open slot, state[2] the lookup's guess, -1 for none.
         """
         _blocks_kernel[(self.blocks,)](
-            logits, self.parts, self.values, self.places, self.vocab, BLOCK=BLOCK, COUNT=TOP, num_warps=4
+            logits, self.parts, self.values, self.places, state, self.vocab, BLOCK=BLOCK, COUNT=TOP, num_warps=4
         )
         _join_kernel[(1,)](
             logits, self.parts, self.values, self.places, out, tokens, state, self.vocab, self.blocks,

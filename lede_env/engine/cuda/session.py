@@ -1,6 +1,6 @@
 """A session of one sequence on CUDA: every segment of the model a captured graph over static buffers.
 
-Kernels read the position, the open slot, the lookup's guess and the uniform number of a draw from a small `state` on
+Kernels read the position, the open slot, the lookup's guess and the uniform numbers of draws from a small `state` on
 the device, filled by one copy before each graph, so a graph serves every round. Nothing here waits for the device but
 `drawn` and `verified`; the decoder launches the next draft's layers before it asks (`lede_env.decoding.pipelined`).
 """
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lede_env.engine.acceptance import Sampling
+from lede_env.engine.acceptance import Sampling, residual
 from lede_env.engine.cuda.attention import Attention
-from lede_env.engine.cuda.linear import embed, linear
+from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
 from lede_env.engine.session import Session
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
+INTS = 5  # whole numbers of `state`
 RING = 64  # host buffers of `state` in turn: more than there are launches between two waits
 GRAPHS = 256  # captured at a time; the least used goes first
 POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
@@ -42,9 +43,8 @@ def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> Gra
 class GraphSession(Session):
     """As `Session` with one row, its layers, heads and draws on captured graphs.
 
-    `hidden[0]` are the open slots, `logits` (width, V) those of the last verification, `q` (width, V) what each draft
-    was drawn from. Segments run one row, or `width` of them from the open slot on: padding costs nothing where reading
-    the weights does.
+    `hidden[0]` are the open slots. Segments run one row, or `width` of them from the open slot on: padding costs nothing
+    where reading the weights does.
     """
 
     SLACK = 2
@@ -57,24 +57,24 @@ class GraphSession(Session):
         self._qkv = torch.zeros(width, rows, dtype=lm.dtype, device=device)
         self._mixed = torch.zeros(width, g.heads * g.head_dim, dtype=lm.dtype, device=device)
         self._inner = torch.zeros(width, g.mlp, dtype=lm.dtype, device=device)
-        self.logits = torch.zeros(width, g.vocab, device=device)
-        self._draft_logits = torch.zeros(1, g.vocab, device=device)
-        self.q: Tensor | None = None  # made by the first sampled draft
+        self._gained = {n: Gained.empty(n, g.hidden, lm.dtype, device) for n in (1, width)}
+        self._attend = {n: Attention(n, g.heads, g.kv_heads, g.head_dim, device) for n in (1, width)}
+        self._read = ReadOut(g.vocab, device)
+        self._draft_logits = torch.zeros(width, g.vocab, device=device)  # row i is what draft i was drawn from
+        self._logits = torch.zeros(width, g.vocab, device=device)  # of the last verification
         self._tokens = torch.zeros(width + 1, dtype=torch.long, device=device)  # of the open slots
         self._rope = torch.view_as_real(lm.rope)
-        self._attend = {n: Attention(n, g.heads, g.kv_heads, g.head_dim, device) for n in {1, width}}
-        self._read = ReadOut(g.vocab, device)
-        # length, slot, guess or -1, token or -1, bits of the uniform number
-        self._state = torch.zeros(5, dtype=torch.long, device=device)
-        self._uniform = self._state[4:].view(torch.float64)
-        self._ring = torch.zeros(RING, 5, dtype=torch.long).pin_memory()
+        self._offsets = torch.arange(width, device=device)
+        # length, slot, guess or -1, token or -1, number of drafts, and the bits of width + 1 uniform numbers
+        self._state = torch.zeros(INTS + width + 1, dtype=torch.long, device=device)
+        self._uniforms = self._state[INTS:].view(torch.float64)
+        self._ring = torch.zeros(RING, INTS + width + 1, dtype=torch.long).pin_memory()
         self._ints, self._floats = self._ring.numpy(), self._ring.view(torch.float64).numpy()
         self._turn = 0
-        self._offsets = torch.arange(width, device=device)
-        self._out = torch.zeros(SIZE, device=device)
-        self._out_host = torch.zeros(SIZE).pin_memory()
-        self._targets = torch.zeros(2, width, dtype=torch.float64, device=device)  # tokens, -log p_max
-        self._targets_host = torch.zeros(2, width, dtype=torch.float64).pin_memory()
+        self._out, self._out_host = torch.zeros(SIZE, device=device), torch.zeros(SIZE).pin_memory()
+        # accepted drafts and the token after them; -log p_max of each open slot
+        self._verdict = torch.zeros(2 + width, dtype=torch.float64, device=device)
+        self._verdict_host = torch.zeros(2 + width, dtype=torch.float64).pin_memory()
         self._ready = torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
@@ -106,13 +106,9 @@ class GraphSession(Session):
 
         A later `read` of the slot, at a deeper layer, draws anew.
         """
-        if sampling.greedy:
-            key, body = ("read",), self._read_greedy
-        else:
-            if self.q is None:
-                self.q = torch.zeros_like(self.logits)
-            key, body = ("read", sampling), lambda: self._read_sampled(sampling)
-        self._replay(key, body, slot=len(self.depth[0]) - 1, guess=guess, uniform=uniform or 0.0)
+        uniforms = () if uniform is None else (uniform,)
+        slot = len(self.depth[0]) - 1
+        self._replay(("read", sampling), lambda: self._read_out(sampling), slot=slot, guess=guess, uniforms=uniforms)
         self._out_host.copy_(self._out, non_blocking=True)
         self._ready.record()
 
@@ -121,19 +117,21 @@ class GraphSession(Session):
         self._ready.synchronize()
         return self._out_host.tolist()
 
-    def verify(self) -> None:
-        """Run every open slot to full depth, and read its distribution."""
+    def verify(self, uniforms: Sequence[float], sampling: Sampling) -> None:
+        """Run every open slot to full depth and settle the drafts, with a uniform number each and one more."""
         self.advance([0], [self.lm.n_layers])
-        rows = 1 if len(self.depth[0]) == 1 else self.width
-        self._replay(("verify", rows), lambda: self._verify(rows), slot=0)
-        self._targets_host.copy_(self._targets, non_blocking=True)
+        drafts = len(self.depth[0]) - 1
+        rows = self.width if drafts else 1
+        key, body = ("verify", rows, sampling), lambda: self._verify(rows, sampling)
+        self._replay(key, body, slot=0, drafts=drafts, uniforms=uniforms)
+        self._verdict_host.copy_(self._verdict, non_blocking=True)
         self._ready.record()
 
-    def verified(self) -> tuple[list[int], list[float]]:
-        """Wait for `verify`: of each open slot the most probable next token, and -log p_max."""
+    def verified(self) -> tuple[int, int, list[float]]:
+        """Wait for `verify`: drafts accepted, the token after them, and -log p_max of each open slot."""
         self._ready.synchronize()
-        tokens, doubts = self._targets_host[:, : len(self.depth[0])].tolist()
-        return [int(token) for token in tokens], doubts
+        accepted, token, *doubts = self._verdict_host.tolist()
+        return int(accepted), int(token), doubts[: len(self.depth[0])]
 
     # Moving slots: what `Session.advance` calls.
 
@@ -153,60 +151,78 @@ class GraphSession(Session):
     # Bodies of graphs: nothing in them may depend on the round.
 
     def _embed_and_run(self, last: int) -> None:
-        embed(self.lm.embedding, self._tokens, self.hidden[0], self._state)
-        self._run(0, last, 1)
+        self._run(0, last, 1, embed=(self.lm.embedding, self._tokens))
 
-    def _run(self, first: int, last: int, rows: int) -> None:
+    def _run(self, first: int, last: int, rows: int, embed: tuple[Tensor, Tensor] | None = None) -> None:
         """Layers first+1..last over `rows` rows from the open slot on, in place."""
-        lm, x, state = self.lm, self.hidden[0], self._state
-        moved = state[1] + self._offsets[:rows] if self.tapped else None
+        lm, x, state, gained = self.lm, self.hidden[0], self._state, self._gained[rows]
+        moved = state[1] + self._offsets[:rows]
+        gain(x, lm.layers[first].attention_norm, gained, state, embed)
         for index in range(first, last):
             layer = lm.layers[index]
-            linear(x, layer.qkv, self._qkv, state, rows, norm=layer.attention_norm, eps=lm.norm_eps,
-                   bias=layer.qkv_bias, x_at_slot=True)  # fmt: skip
-            cache = self.cache
-            self._attend[rows](self._qkv, cache.keys[index], cache.values[index], self._rope, self._mixed, state)
-            linear(self._mixed, layer.out, x, state, rows, residual=True, out_at_slot=True)
-            linear(x, layer.gate_up, self._inner, state, rows, norm=layer.mlp_norm, eps=lm.norm_eps, gated=True,
-                   x_at_slot=True)  # fmt: skip
-            linear(self._inner, layer.down, x, state, rows, residual=True, out_at_slot=True)
+            following = lm.layers[index + 1].attention_norm if index + 1 < lm.n_layers else lm.final_norm
+            linear(gained, layer.qkv, self._qkv, state, rows, eps=lm.norm_eps, bias=layer.qkv_bias)
+            keys, values = self.cache.keys[index], self.cache.values[index]
+            self._attend[rows](self._qkv, keys, values, self._rope, self._mixed, state)
+            linear(self._mixed, layer.out, x, state, rows, residual=(layer.mlp_norm, gained))
+            linear(gained, layer.gate_up, self._inner, state, rows, eps=lm.norm_eps, gated=True)
+            linear(self._inner, layer.down, x, state, rows, residual=(following, gained))
             if index + 1 in self.tapped:
                 self.tapped[index + 1][0].index_copy_(0, moved, x.index_select(0, moved))
 
     def _head(self, logits: Tensor, rows: int) -> None:
-        lm = self.lm
-        linear(self.hidden[0], lm.head, logits, self._state, rows, norm=lm.final_norm, eps=lm.norm_eps, x_at_slot=True)
+        """Logits of `rows` rows from the open slot on, into the same rows of `logits`."""
+        lm, gained = self.lm, self._gained[rows]
+        gain(self.hidden[0], lm.final_norm, gained, self._state)
+        linear(gained, lm.head, logits, self._state, rows, eps=lm.norm_eps, out_at_slot=True)
 
-    def _read_greedy(self) -> None:
+    def _read_out(self, sampling: Sampling) -> None:
         self._head(self._draft_logits, 1)
-        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=True)
-
-    def _read_sampled(self, sampling: Sampling) -> None:
-        assert self.q is not None
-        self._head(self._draft_logits, 1)
-        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=False)
+        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=sampling.greedy)
+        if sampling.greedy:
+            return
         slot = self._state[1:2]
-        q = sampling.probabilities(self._draft_logits)
-        total = q.double().cumsum(-1)
-        token = torch.searchsorted(total, total[:, -1:] * self._uniform, right=True)[0]  # (1,), as `draw_rows`
-        self.q.index_copy_(0, slot, q)
+        logits = self._draft_logits.index_select(0, slot)
+        token = draw(sampling.probabilities(logits), self._uniforms[:1])
         self._tokens.index_copy_(0, slot + 1, token)
         self._out[TOKEN : TOKEN + 1] = token
-        self._out[TOKEN_LOGIT : TOKEN_LOGIT + 1] = self._draft_logits[0].gather(0, token)
+        self._out[TOKEN_LOGIT : TOKEN_LOGIT + 1] = logits[0].gather(0, token)
 
-    def _verify(self, rows: int) -> None:
-        self._head(self.logits, rows)
-        logits = self.logits[:rows]
-        self._targets[0, :rows] = logits.argmax(-1)
-        self._targets[1, :rows] = logits.logsumexp(-1) - logits.amax(-1)
+    def _verify(self, rows: int, sampling: Sampling) -> None:
+        """As `greedy_match` and `speculative_match` settle a round, without asking the host."""
+        self._head(self._logits, rows)
+        logits, drafts, place = self._logits[:rows], self._state[4], self._offsets[:rows]
+        tokens, open_ = self._tokens[1 : rows + 1], place < drafts
+        if sampling.greedy:
+            targets = logits.argmax(-1)
+            accepted = ((tokens == targets) & open_).long().cumprod(0).sum()
+            following = targets.gather(0, accepted[None])
+        else:
+            p, q = sampling.probabilities(logits), sampling.probabilities(self._draft_logits[:rows])
+            p_x, q_x = (each.gather(1, tokens[:, None])[:, 0].double() for each in (p, q))
+            accepted = ((self._uniforms[:rows] * q_x < p_x) & open_).long().cumprod(0).sum()
+            after = torch.minimum(accepted + 1, drafts)  # numbers used so far
+            drawn_from = torch.where(accepted < drafts, q.index_select(0, accepted[None]), 0.0)
+            weights = residual(p.index_select(0, accepted[None]), drawn_from)
+            following = draw(weights, self._uniforms.index_select(0, after[None]))
+        self._verdict[:1], self._verdict[1:2] = accepted, following
+        self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
 
     def _replay(
-        self, key: tuple, body: Callable[[], None], *, slot: int, guess: int = -1, token: int = -1, uniform: float = 0.0
+        self,
+        key: tuple,
+        body: Callable[[], None],
+        *,
+        slot: int,
+        guess: int = -1,
+        token: int = -1,
+        drafts: int = 0,
+        uniforms: Sequence[float] = (),
     ) -> None:
         """Fill the state and launch a graph, captured at its first use."""
         turn, self._turn = self._turn, (self._turn + 1) % RING
-        self._ints[turn, :4] = self.lengths[0], slot, guess, token
-        self._floats[turn, 4] = uniform
+        self._ints[turn, :INTS] = self.lengths[0], slot, guess, token, drafts
+        self._floats[turn, INTS : INTS + len(uniforms)] = uniforms
         self._state.copy_(self._ring[turn], non_blocking=True)
         if key not in self._graphs:
             self._graphs[key] = self._capture(body)
@@ -224,3 +240,9 @@ class GraphSession(Session):
         with torch.cuda.graph(graph, pool=self._pool):
             body()
         return graph
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """A token, (1,), from (1, V) non-negative weights and a (1,) uniform number on the device: as `draw_rows`."""
+    total = weights.double().cumsum(-1)
+    return torch.searchsorted(total, total[:, -1:] * uniform, right=True)[0]
