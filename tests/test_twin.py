@@ -47,14 +47,12 @@ def donor(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def small_zoo():
+@pytest.fixture
+def small_zoo(monkeypatch):
     """Puts reduced rows of the zoo in place of the real ones: the embedded model fits into them, barely."""
     sizes = dict(hidden=320, heads=8, kv_heads=4, head_dim=64, mlp=800, vocab=4200)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in PAPER:
-            patch.setitem(MODELS, name, replace(MODELS[name], **sizes))
-        yield
+    for name in PAPER:
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], **sizes))
 
 
 def states(lm, ids, layers):
@@ -113,7 +111,7 @@ def test_a_twin_of_grouped_queries(tmp_path):
     """Of a donor whose heads share keys; its head is its own, and so is the twin's."""
     save_random_model(tmp_path, "llama-gqa", num_hidden_layers=4)
     small = load_model(tmp_path, device="cpu", dtype="float64")
-    spec = replace(MODELS["codellama-34b"], n_layers=9, hidden=80, heads=12, kv_heads=3, head_dim=24, mlp=50, vocab=99,
+    spec = replace(MODELS["codellama-34b"], n_layers=9, hidden=96, heads=12, kv_heads=3, head_dim=24, mlp=50, vocab=99,
                    candidate_layers=(3, 5, 7))  # fmt: skip
     lm = twin_model(spec, tmp_path, CPU, torch.float64)
     assert_donors(logits_at(lm, IDS, ends(lm)), logits_at(small, IDS, range(1, 5)))
@@ -172,12 +170,12 @@ def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
 # --- what was made for the donor
 
 
-@pytest.mark.parametrize("name", ["llama3.2-1b", "llama2-7b", "llama2-13b", "codellama-34b"])
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b"])
 def test_the_shipped_policy_runs_on_a_twin(small_zoo, tiny, name):
     lm = load_model(name, weights="twin", device="cpu")
     for prompt in ("def fib(n):", "Once upon a time"):
-        mine = lede_env.generate(lm, prompt, strategy=lede_env.Lede(), max_new_tokens=40)
-        theirs = lede_env.generate(tiny, prompt, strategy=lede_env.Lede(), max_new_tokens=40)
+        mine = lede_env.generate(lm, prompt, strategy=lede_env.Lede(), max_new_tokens=24)
+        theirs = lede_env.generate(tiny, prompt, strategy=lede_env.Lede(), max_new_tokens=24)
         assert mine.text == theirs.text and mine.token_ids == theirs.token_ids
         exits = [[twin_layer(layer, 16, lm.n_layers) for layer in round_.exits] for round_ in theirs.rounds]
         if lm.n_layers % 16 == 0:  # else the feature `layer` is rounded, 0.2 for 3/16

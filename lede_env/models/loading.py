@@ -13,7 +13,7 @@ from lede_env.models.assembly import assemble
 from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import read_config, read_eos_ids, settings_of
 from lede_env.models.twin import MARK, read_mark, twin_model
-from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_name, twin_spec
+from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_spec
 
 EMBEDDED = Path(__file__).parent / "tiny"
 _loaded: dict[tuple, LayeredLM] = {}
@@ -45,14 +45,14 @@ def load_model(
     if weights not in ("auto", "twin"):
         raise LedeError(f"weights={weights!r} is unknown; use 'auto' or 'twin'")
     twin = twin_spec(str(name)) if weights == "twin" else find_twin(str(name))
-    folder, origin = (EMBEDDED, twin_name(twin.name)) if twin else resolve_folder(name)
+    folder, origin = (EMBEDDED, "twin") if twin else resolve_folder(name)
     files = sorted(path for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern))
     state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    key = (str(folder.resolve()), state, origin, str(where), kind)
-    if key not in _loaded:
-        _loaded[key] = (
-            twin_model(twin, folder, where, kind) if twin else _load_folder(str(name), folder, origin, where, kind)
-        )
+    key = (str(folder.resolve()), state, origin, twin, str(where), kind)
+    if key not in _loaded and twin:
+        _loaded[key] = twin_model(twin, folder, where, kind)
+    elif key not in _loaded:
+        _loaded[key] = _load_folder(str(name), folder, origin, where, kind)
     return _loaded[key]
 
 
