@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_prompts": "lede_env.tasks",
     "SpeculativeExitEnv": "lede_env.envs.exit_env",
     "SpeculativeDraftEnv": "lede_env.envs.draft_env",
+    "TensorVectorEnv": "lede_env.envs.tensor_env",
     "evaluate": "lede_env.evaluation",
     "evaluate_oracle": "lede_env.evaluation",
     "normalized_score": "lede_env.evaluation",

@@ -25,7 +25,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import Lookup
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.signals import RAW, raw_signals
-from lede_env.envs.backends import LiveBackend
+from lede_env.envs.backends import LiveBackend, Signals
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt
 
@@ -108,7 +108,7 @@ class _Recorder(LiveBackend):
         self.neg_log_p_max = np.zeros(size, np.float32)
         self.accept_probability = np.zeros((size, n), np.float32)
         self.layer_calls = 0  # layers times tokens
-        self._chance: Tensor | None = None  # (C,) acceptance probabilities of the latest draw
+        self._chance = np.zeros((lanes, n), np.float32)  # acceptance probabilities of each lane's latest draw
         self._drafter = _BranchDrafter(lm, candidate_layers, sampling, self.session.capacity)
 
     def texts(self, seeds: list[int], samples: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -125,27 +125,28 @@ class _Recorder(LiveBackend):
                     self.layer_calls += self.session.lengths[lane] * self.lm.n_layers
             if not playing:
                 break
+            self.layer_calls += len(playing) * self.lm.n_layers
             self._forward()
-            self.layer_calls += self.session.batch * self.lm.n_layers
             free = [lane for lane in playing if self._done[lane]]
             for lane in free:
                 text = playing.pop(lane)
                 yield text, self._finished(lane, seeds[text])
         self.layer_calls += self._drafter.layer_calls
 
-    def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Tensor | list[int]) -> None:
-        row = self.base[lane] + self.known[lane]
-        self.match[row] = self._match[lane]
-        super()._store(lane, raw, neg_log_p_max, outcome)
-        self.raw[row], self.neg_log_p_max[row] = raw, neg_log_p_max
-        self.accept_probability[row] = self.accepted[row] if self._chance is None else self._chance.cpu()
+    def _store(self, lanes: np.ndarray, logits: Tensor) -> Signals:
+        rows = self.base[lanes] + self.known[lanes]
+        signals = super()._store(lanes, logits)
+        self.raw[rows], self.match[rows], self.neg_log_p_max[rows] = signals
+        self.accept_probability[rows] = self.accepted[rows] if self.sampling.greedy else self._chance[lanes]
+        return signals
 
     def _sample(self, lane: int, logits: Tensor) -> tuple[int, list[int]]:
         """As the live backend's, draw for draw, but keeps the acceptance probabilities."""
         probabilities = self.sampling.probabilities(logits)
         draws = self._draws[lane]
         target = draw(probabilities[-1], draws.next())
-        drafts, self._chance = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
+        drafts, chance = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
+        self._chance[lane] = chance.cpu()
         return target, drafts
 
     def _finished(self, lane: int, seed: int) -> dict[str, np.ndarray]:
@@ -216,8 +217,8 @@ class _BranchDrafter:
     def load(self, source: KVCache, row: int, prefix: int) -> None:
         """Copy a text's keys and values: the first `prefix` slots of a row."""
         for layer in range(self.candidate_layers[-1]):
-            self.cache.keys[layer][0, :prefix] = source.keys[layer][row, :prefix]
-            self.cache.values[layer][0, :prefix] = source.values[layer][row, :prefix]
+            self.cache.keys[layer][0, :, :prefix] = source.keys[layer][row, :, :prefix]
+            self.cache.values[layer][0, :, :prefix] = source.values[layer][row, :, :prefix]
 
     def draft(self, roots: _Roots, prefix: int, lookup: Lookup) -> dict[str, np.ndarray]:
         """Branches of all roots: `branch_lengths` (B,), `branch_tokens` and `branch_match` (M,), `branch_raw` (M, RAW).

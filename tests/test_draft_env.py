@@ -494,6 +494,8 @@ def test_rendering(small):
         ({"max_new_tokens": 100}, "max_new_tokens=100"),
         ({"cap": 0}, "cap=0"),
         ({"cap": 13}, "cap=13"),
+        ({"cap": 2.0}, "cap=2.0 must be a whole number"),
+        ({"rho": "fast"}, "rho='fast' must be a number"),
         ({"temperature": 0.6}, "temperature=0.6"),
         ({"reward": "free"}, "reward='free'.*'paper', 'throughput'"),
         ({"rho": None}, "rho=None"),

@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from lede_env.data.registry import TRACES
 from lede_env.data.trace_file import load_trace
 from lede_env.engine.cost_model import load_cost_model
 from lede_env.errors import LedeError
@@ -19,7 +18,9 @@ from lede_env.evaluation import (
     paired_bootstrap,
     static_result,
 )
-from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
+from lede_env.oracles import tabulate
+from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy, load_policy
+from lede_env.registration import ENVIRONMENTS
 from tests.small_models import untrained_policy
 from tests.small_traces import small_traces
 
@@ -130,20 +131,76 @@ def test_the_reference_learns_what_can_be_seen(small, env_id):
     assert max(scores) < score.normalised_score < 100.0
 
 
-@pytest.mark.skipif(not TRACES["tiny-greedy-v0"].path.is_file(), reason="the traces do not ship yet")
+SAMPLED = dict(temperature=0.6)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kwargs"),
+    [(EXIT, {}), (EXIT, SAMPLED), (DRAFT, {}), (DRAFT, dict(reward="throughput")), (DRAFT, SAMPLED)],
+)
+def test_nothing_beats_the_oracle_on_the_shipped_traces(env_id, kwargs):
+    """Prompt by prompt: policies, the shipped agent, random decisions, and the optimum with some decisions changed."""
+    table = tabulate(gym.make(env_id, backend="trace", split="test", features="extended", **kwargs))
+    oracle, optimum, rng = table.oracle()["returns"], table.optimum(), np.random.default_rng(0)
+    features = table.backend.features
+    policies = [RandomPolicy(), StaticPolicy(4, 16)]
+    policies += [ThresholdPolicy({3: p, 4: p, 6: p, 8: p}, 16) for p in (0.3, 0.9)]
+    policies += [MLPPolicy.random(features, seed=seed) for seed in range(2)]
+    policies += [load_policy("tiny")] if env_id == DRAFT else []
+    tries = [table.decisions(policy) for policy in policies]
+    noise = rng.random(optimum.shape)
+    tries += [noise, (noise < 0.5).astype(float), np.abs(optimum - (noise < 0.02))]
+    for exits in tries:
+        assert (table.play(exits)["returns"] <= oracle + 1e-9).all()
+        assert (table.play(exits)["returns"] < oracle - 0.1).any()
+
+
 @pytest.mark.parametrize("env_id", [EXIT, DRAFT])
-def test_on_the_shipped_trace(env_id):
-    """Nothing beats the oracle, prompt by prompt."""
-    oracle = evaluate_oracle(env_id)
+def test_policies_of_other_models_are_refused(env_id):
     features = gym.make(env_id, backend="trace", features="extended").unwrapped.features
-    thresholds = [ThresholdPolicy({3: p, 4: p, 6: p, 8: p}, 16) for p in (0.3, 0.6, 0.9)]
-    networks = [MLPPolicy.random(features, seed=seed) for seed in range(3)]
-    for policy in (RandomPolicy(), StaticPolicy(4, 16), *thresholds):
-        score = evaluate(policy, env_id)
-        assert (score.returns <= oracle.returns + 1e-9).all() and score.normalised_score < 100.0
-    for policy in networks:
-        with pytest.raises(LedeError, match="fingerprint"):
-            evaluate(policy, env_id)
+    with pytest.raises(LedeError, match="fingerprint"):
+        evaluate(MLPPolicy.random(features), env_id)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "one", "other"),
+    [
+        (EXIT, dict(task="code"), dict(task="lm")),
+        (EXIT, dict(temperature=0.0), SAMPLED),
+        (DRAFT, dict(task="code"), dict(task="lm")),
+        (DRAFT, dict(cost_model="tiny-cpu"), dict(cost_model="tiny-h200")),
+    ],
+)
+def test_splits_that_shift(env_id, one, other):
+    """A policy of one environment can be judged in the other, and fares otherwise there."""
+    more = dict(reward="throughput") if env_id == DRAFT else {}
+    envs = [gym.make(env_id, backend="trace", **each, **more).unwrapped for each in (one, other)]
+    assert envs[0].observation_space == envs[1].observation_space and envs[0].attributes != envs[1].attributes
+    policy = ThresholdPolicy({3: 0.8, 4: 0.6, 6: 0.4, 8: 0.2}, 16)
+    scores = [evaluate(policy, env_id, **each, **more) for each in (one, other)]
+    assert abs(scores[0].J - scores[1].J) > 0.5
+
+
+# What a policy must reach on the test prompts: above every static setting, below the clairvoyant.
+@pytest.mark.parametrize("env_id", [name for name in ENVIRONMENTS if gym.spec(name).reward_threshold is not None])
+def test_reward_thresholds_are_within_reach(env_id):
+    threshold, config = gym.spec(env_id).reward_threshold, ENVIRONMENTS[env_id]
+    table = tabulate(gym.make(env_id, backend="trace", split="test", features="extended"))
+    depth = table.mdp.n_layers
+    statics = [StaticPolicy(e, depth) for e in config.candidate_layers]
+    if "Draft" in env_id:
+        statics = [Fixed(e, d, depth) for e in config.candidate_layers[:2] for d in (4, 8, 12)]
+    best = max(table.play(table.decisions(policy))["returns"].mean() for policy in statics)
+    assert best < threshold < table.oracle()["returns"].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", [EXIT, DRAFT])
+def test_reward_thresholds_are_the_reference(env_id):
+    from agents.reference_trees import fit_reference
+
+    score = evaluate(fit_reference(env_id), env_id)
+    assert gym.spec(env_id).reward_threshold == pytest.approx(score.J, rel=0.01)
 
 
 # --- bootstrap

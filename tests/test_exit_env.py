@@ -530,7 +530,20 @@ def test_a_first_reset_may_leave_some_out(mode):
         ({"candidate_layers": np.array([3.0])}, "must list whole numbers"),
         ({"candidate_layers": 4}, "candidate_layers=4 must list whole numbers"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"max_new_tokens": "64"}, "max_new_tokens='64' must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"temperature": None}, "temperature=None must be a number"),
+        ({"top_k": 1.5}, "top_k=1.5 must be a whole number"),
+        ({"top_p": "all"}, "top_p='all' must be a number"),
+        ({"model": 3}, "model=3 must be a string"),
+        ({"task": 3}, "task=3 must be a string or a list of strings"),
+        ({"split": None}, "split=None must be a string"),
+        ({"features": 3}, "features=3 must be a string or a list of strings"),
+        ({"episode": True}, "episode=True must be a string"),
+        ({"reward_kwargs": 3}, "reward_kwargs=3 must be a dict of numbers"),
+        ({"cost_model": None}, "cost_model=None must be a string"),
         ({"max_new_tokens": 10**6}, "max_new_tokens=1000000 leaves no room"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
@@ -546,6 +559,14 @@ def test_bad_arguments(kwargs, message):
         make(**kwargs)
     with pytest.raises(LedeError, match=message):
         make_vec(2, **kwargs)
+
+
+def test_numpy_numbers_and_paths_are_taken(tmp_path):
+    costs = tmp_path / "costs.json"
+    costs.write_text((SHIPPED / "tiny-cpu.json").read_text())
+    env = make(max_new_tokens=np.int64(6), temperature=np.float32(0.5), cost_model=costs)
+    same = make(max_new_tokens=6, temperature=0.5, cost_model=str(costs))
+    assert json.dumps(env.attributes) == json.dumps(same.attributes)
 
 
 def test_candidate_layers_may_be_numpy_integers():
@@ -599,8 +620,9 @@ def test_bad_use_of_the_single_environment():
 
 
 def test_bad_use_of_the_vector_environment():
-    with pytest.raises(LedeError, match="num_envs=0"):
-        make_vec(0)
+    for number in (0, 2.5, "2", True):
+        with pytest.raises(LedeError, match=f"num_envs={number!r} must be a whole number, at least 1"):
+            make_vec(number)
     with pytest.raises(ValueError, match="Sometimes"):
         make_vec(2, autoreset_mode="Sometimes")
     envs = make_vec(2)
@@ -618,6 +640,10 @@ def test_bad_use_of_the_vector_environment():
             envs.reset(options=options)
     with pytest.raises(LedeError, match="3 seeds for 2"):
         envs.reset(seed=[1, 2, 3])
+    with pytest.raises(LedeError, match=r"seed=1\.5 must be a whole number, or a list of 2"):
+        envs.reset(seed=1.5)
+    with pytest.raises(LedeError, match="prompt_ids must be a list of 2"):
+        envs.reset(options={"prompt_ids": 3})
     observations, _ = envs.reset(seed=np.array([1, 2]))
     np.testing.assert_array_equal(observations, envs.reset(seed=1)[0])
     for actions in (np.array([0, 2]), np.array([0]), [0, 1, 1], np.array([[0, 1]]), np.array([0.5, 1]), 1):

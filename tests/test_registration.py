@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import shutil
@@ -11,8 +12,8 @@ from dataclasses import asdict, replace
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 
@@ -99,8 +100,10 @@ def test_the_pinned_fingerprint_is_that_of_the_weights(tiny):
 # --- every id that can be made here
 
 
+@pytest.mark.parametrize("checker", ["gymnasium.utils.env_checker", "stable_baselines3.common.env_checker"])
 @pytest.mark.parametrize(("env_id", "backend"), MADE_HERE)
-def test_check_env_passes_without_warnings(arguments, env_id, backend):
+def test_check_env_passes_without_warnings(arguments, env_id, backend, checker):
+    check_env = importlib.import_module(checker).check_env
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(gym.make(env_id, **arguments(env_id, backend)).unwrapped)
@@ -131,6 +134,19 @@ def test_same_seed_same_play_and_pickling(arguments, env_id, backend):
     for _ in range(20):
         actions = rng.integers(2, size=2)
         np.testing.assert_equal(copy.step(actions), envs.step(actions))
+
+
+@pytest.mark.parametrize(("env_id", "backend"), MADE_HERE)
+def test_a_closed_environment_says_so(arguments, env_id, backend):
+    env = gym.make(env_id, **arguments(env_id, backend))
+    envs = gym.make_vec(env_id, num_envs=2, **arguments(env_id, backend))
+    for each, action in ((env, 0), (envs, np.zeros(2, int))):
+        each.reset(seed=0)
+        each.close()
+        each.close()
+        for use in (lambda env=each: env.reset(), lambda env=each, action=action: env.step(action)):
+            with pytest.raises(LedeError, match=r"this environment is closed; make another by gym\.make"):
+                use()
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -275,6 +291,7 @@ def test_a_prompt_file_plays_its_prompts_from_a_trace(arguments, tiny, tmp_path)
         (TINY[0], dict(candidate_layers=4), "candidate_layers=4 must list whole numbers"),
         (TINY[1], dict(dtype="bfloat16"), "dtype='bfloat16', but the trace was recorded in float32"),
         (TINY[0], dict(task="poetry"), "unknown task 'poetry'"),
+        (TINY[0], dict(device="tpu"), "device='tpu' is unknown"),
         (TINY[0], dict(split="test"), "no prompts of task 'parse' in split 'test'; it has: parse train"),
         (TINY[0], dict(weights="twin"), "weights='twin' needs one of the paper's models.*not 'tiny'"),
         (TINY[0], dict(weights="/models"), "weights='/models' is unknown.*model=FOLDER"),
@@ -288,6 +305,14 @@ def test_bad_arguments_of_a_trace(arguments, env_id, kwargs, message):
     for make in (gym.make, gym.make_vec):
         with pytest.raises(LedeError, match=message):
             make(env_id, **arguments(env_id, "trace") | kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("env_id", [*TINY, TWINS[0]])
+def test_an_absent_gpu_is_refused_on_a_trace_too(arguments, env_id):
+    for make in (gym.make, gym.make_vec):
+        with pytest.raises(LedeError, match=r"device='cuda' was asked for, but torch .* sees 0 CUDA devices"):
+            make(env_id, **arguments(env_id, "trace") | dict(device="cuda"))
 
 
 def test_a_trace_of_other_weights_is_refused(arguments, folder, tmp_path):

@@ -122,7 +122,7 @@ class Session:
         starts = [self.lengths[row] + tail for row, tail in zip(rows, tails, strict=True)]
         width = max(counts)
         span = self.cache.span(rows, starts, width)
-        if len(rows) == 1 or (len(set(tails)) == 1 and len(rows) == self.batch):
+        if len(set(tails)) == 1:
             index = slice(None) if len(rows) == self.batch else rows
             window = slice(tails[0], tails[0] + width)
             self.hidden[index, window] = self.lm.run(self.hidden[index, window], self.cache, span, first, last)

@@ -6,7 +6,7 @@ candidate layer's signals at once, with one pass of the LM head over all of them
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,17 @@ from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, draw
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.signals import LOOKUP_FEATURES, RAW, TraceWindow, compute_features, raw_signals
+from lede_env.envs.exit_outcomes import number_cells
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
+
+
+class Signals(NamedTuple):
+    """What is seen at a position of n lanes."""
+
+    raw: np.ndarray  # (n, C, RAW) float32
+    match: np.ndarray  # (n,)
+    neg_log_p_max: np.ndarray  # (n,) at full depth
 
 
 class LiveBackend:
@@ -56,13 +65,13 @@ class LiveBackend:
         self.drafts = np.zeros((size, n), np.int64)
         self.targets = np.zeros(size, np.int64)
         self.ends = np.zeros(size, bool)  # the target is an EOS
+        self.numbers = np.zeros((size, n), np.int64)  # see `number_cells`
         self.known = np.zeros(lanes, np.int64)  # positions computed so far, a lane
         self._pending = [0] * lanes
         self._done = [True] * lanes
         self._draws = [Draws(0)] * lanes
         self._trace = [TraceWindow() for _ in range(lanes)]
         self._lookup: list[Lookup | None] = [None] * lanes  # where the features read it
-        self._match = np.zeros(lanes)  # of the position being computed
         self.looks_up = bool(LOOKUP_FEATURES.intersection(features))
 
     def start(self, lane: int, prompt: int, seed: int) -> None:
@@ -95,53 +104,56 @@ class LiveBackend:
 
     @torch.inference_mode()
     def _forward(self) -> None:
-        """The next position of every lane that has one. Finished lanes ride along, unread: no gather of the cache."""
-        session, lanes = self.session, list(range(self.session.batch))
-        session.feed(lanes, self._pending)
-        states = []
+        """The next position of every lane that has one: one forward for all, and one pass of the head."""
+        session, states = self.session, []
+        lanes = [lane for lane, done in enumerate(self._done) if not done]
+        session.feed(lanes, [self._pending[lane] for lane in lanes])
         for layer in (*self.candidate_layers, self.lm.n_layers):
             session.advance(lanes, [layer] * len(lanes))
             states.append(session.newest(lanes).clone())
-        logits = self.lm.logits(torch.cat(states)).unflatten(0, (len(states), len(lanes)))  # (C + 1, lanes, V)
-        raw, top1 = self._raw_and_top1(logits)
-        best = logits.argmax(-1).T.tolist() if self.sampling.greedy else None
         for lane in lanes:
-            live = not self._done[lane]
-            session.close_round(lane, int(live))
-            if live:
-                self._store(lane, raw[:, lane], float(top1[lane]), best[lane] if best else logits[:, lane])
+            session.close_round(lane, 1)
+        logits = self.lm.logits(torch.cat(states)).unflatten(0, (len(states), len(lanes)))  # (C + 1, n, V)
+        self._store(np.array(lanes), logits)
 
-    def _raw_and_top1(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """(C + 1, N, V) logits -> raw signals of the candidates (C, N, RAW), and -log p_max at full depth (N,)."""
-        found = [NO_GUESS if lookup is None else lookup.guess() for lookup in self._lookup]
-        self._match[:] = [match for _, match in found]
+    def _store(self, lanes: np.ndarray, logits: torch.Tensor) -> Signals:
+        """Write the next position of (n,) lanes, given the (C + 1, n, V) logits of the candidates and full depth."""
+        rows, signals = self.base[lanes] + self.known[lanes], self._signals(lanes.tolist(), logits)
+        self.observations[rows] = compute_features(
+            self.features,
+            signals.raw,
+            layer=np.array(self.candidate_layers) / self.lm.n_layers,
+            trace=np.array([[self._trace[lane].mean()] for lane in lanes.tolist()]),
+            match=signals.match[:, None],
+        )
+        self.drafts[rows], self.targets[rows] = self._tokens(lanes.tolist(), logits)
+        accepted = self.drafts[rows] == self.targets[rows, None]  # (n, C)
+        ends = np.isin(self.targets[rows], self.lm.eos_ids)
+        self.accepted[rows], self.ends[rows] = accepted, ends
+        self.numbers[rows] = number_cells(accepted, ends, self.known[lanes] == self.positions - 2)
+        self.known[lanes] += 1
+        for lane, target, surprise, end in zip(
+            lanes.tolist(), self.targets[rows].tolist(), signals.neg_log_p_max.tolist(), ends.tolist(), strict=True
+        ):
+            self._trace[lane].push(surprise)
+            if (lookup := self._lookup[lane]) is not None:
+                lookup.extend([target])
+            self._pending[lane], self._done[lane] = target, end or bool(self.known[lane] == self.positions)
+        return signals
+
+    def _signals(self, lanes: list[int], logits: torch.Tensor) -> Signals:
+        found = [NO_GUESS if (lookup := self._lookup[lane]) is None else lookup.guess() for lane in lanes]
         guesses = torch.tensor([token for token, _ in found], device=logits.device).repeat(len(logits))
         raw = raw_signals(logits.flatten(0, 1), guesses).view(*logits.shape[:2], RAW).float().cpu().numpy()
-        return raw[:-1], -raw[-1, :, 0]
+        return Signals(raw[:-1].swapaxes(0, 1), np.array([match for _, match in found]), -raw[-1, :, 0])
 
-    def _store(self, lane: int, raw: np.ndarray, neg_log_p_max: float, outcome: Any) -> None:
-        """Write one position: (C, RAW) signals, and the drafts and target that `outcome` gives."""
-        row = self.base[lane] + self.known[lane]
-        self.observations[row] = compute_features(
-            self.features,
-            raw,
-            layer=np.array(self.candidate_layers) / self.lm.n_layers,
-            trace=self._trace[lane].mean(),
-            match=self._match[lane],
-        )
+    def _tokens(self, lanes: list[int], logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(n, C) drafts and (n,) targets from (C + 1, n, V) logits."""
         if self.sampling.greedy:
-            *drafts, target = outcome
-        else:
-            target, drafts = self._sample(lane, outcome)
-        self.drafts[row], self.targets[row] = drafts, target
-        self.accepted[row] = self.drafts[row] == target
-        self.ends[row] = target in self.lm.eos_ids
-        self._trace[lane].push(neg_log_p_max)
-        if (lookup := self._lookup[lane]) is not None:
-            lookup.extend([target])
-        self.known[lane] += 1
-        self._pending[lane] = target
-        self._done[lane] = bool(self.ends[row]) or self.known[lane] == self.positions
+            best = logits.argmax(-1).cpu().numpy()
+            return best[:-1].T, best[-1]
+        drawn = [self._sample(lane, logits[:, place]) for place, lane in enumerate(lanes)]
+        return np.array([drafts for _, drafts in drawn]), np.array([target for target, _ in drawn])
 
     def _sample(self, lane: int, logits: torch.Tensor) -> tuple[int, list[int]]:
         """A target drawn at full depth and the drafts coupled to it, from (C + 1, V) logits."""

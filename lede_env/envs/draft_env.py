@@ -25,7 +25,7 @@ from lede_env.envs.rendering import (
     Scene,
     Screen,
 )
-from lede_env.envs.texts import draw_key, draw_texts, prompt_index
+from lede_env.envs.texts import CLOSED, draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
 
@@ -98,6 +98,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     With `episode="round"` every verification ends an episode (terminates it, but for the text's last), and the next
     `reset()` without seed and `prompt_id` goes on to the next round of the same prompt, or to a new prompt where there
     is none. After an end-of-sequence token the observation is the lowest of the space, and means nothing.
+    A round has at most `len(candidate_layers) + cap - 1` steps and an episode `max_new_tokens` rounds; no `TimeLimit`
+    is registered.
 
     ## Info
     Of the observation returned: `prompt_id, token_index` (new tokens emitted), `layer, phase, drafts` (made in this
@@ -134,9 +136,15 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     At a temperature above 0 the live model samples speculatively, draft by draft. A trace was drawn once, each layer's
     draft coupled to the target token: the two agree in distribution. In greedy decoding they agree step by step.
 
+    ## Shifts
+    Environments that differ in one argument have the same spaces, so a policy learned in one can be judged in the
+    other: `task="code"` and then `task="lm"` (Python to prose), `temperature=0` and then 0.6 (text that loops less),
+    `cost_model="tiny-cpu"` and then `"tiny-h200"` (another machine), each under `reward="throughput"`.
+    `lede_env.evaluate(policy, "LEDE-Tiny-Draft-v0", task="lm", reward="throughput")` does it exactly.
+
     ## Rendering
     `"human"` keeps a picture of the text so far on the terminal, tokens by layers; `"ansi"` returns it as text,
-    `"rgb_array"` as an image, (384, 640, 3) uint8: see `lede_env.envs.rendering`.
+    `"rgb_array"` as an image, (384, 640, 3) uint8, for `gymnasium.wrappers.RecordVideo` too.
 
     ## What if
     `env.unwrapped.fork()` returns an independent environment in the same state, for search. On a trace only.
@@ -161,7 +169,7 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
         self._no_terms = dict.fromkeys(self._mdp.reward.terms, 0.0)
         self._last = len(self._mdp.candidate_layers) - 1
         self._prompt_over = True  # the next reset begins a prompt, whatever `episode` says
-        self._running = False
+        self._running = self._closed = False
         self._prompt_id = ""
         self._key = np.zeros(1, np.uint64)  # of the texts to come; and how many it has given
         self._texts = np.zeros(1, np.uint64)
@@ -175,6 +183,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        if self._closed:
+            raise LedeError(CLOSED)
         super().reset(seed=seed)
         prompt_id = (options or {}).get("prompt_id")
         chosen = None if prompt_id is None else prompt_index(self.prompt_ids, prompt_id)
@@ -211,7 +221,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     def _play(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self._running:
-            raise LedeError("step() before reset(), or after the episode ended; call reset() first")
+            hint = "step() before reset(), or after the episode ended; call reset() first"
+            raise LedeError(CLOSED if self._closed else hint)
         if not self.action_space.contains(action):
             raise LedeError(f"action {action!r} is not in the action space: 0 continues, 1 exits")
         self._decisions += 1
@@ -322,3 +333,4 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     def close(self) -> None:
         self._screen.close()
+        self._running, self._closed = False, True

@@ -141,9 +141,9 @@ class DraftTraceBackend(TraceBackend):
 
 
 def _runs(trace: Trace, cap: int) -> np.ndarray:
-    """(N, C) int16: how many drafts of a round from this row on are right in a row, at most `cap`."""
-    accepted = trace.accepted.astype(np.int16)
-    goes_on = np.ones((len(accepted), 1), np.int16)
+    """(N, C) int64: how many drafts of a round from this row on are right in a row, at most `cap`."""
+    accepted = trace.accepted.astype(np.int64)
+    goes_on = np.ones((len(accepted), 1), np.int64)
     goes_on[trace.starts[1:] - 1] = 0  # the next row is another text's
     run = accepted
     for _ in range(cap - 1):
@@ -152,7 +152,7 @@ def _runs(trace: Trace, cap: int) -> np.ndarray:
 
 
 def _tokens_left(trace: Trace) -> np.ndarray:
-    """(N,) int16: tokens from this row to the EOS, itself included; ENDLESS where the text has none."""
+    """(N,) int64: tokens from this row to the EOS, itself included; ENDLESS where the text has none."""
     ends = np.repeat(trace.starts[1:], np.diff(trace.starts))  # (N,) end of the row's text
     left = np.minimum(ends - np.arange(len(ends)), ENDLESS)
-    return np.where(trace.ends[ends - 1], left, ENDLESS).astype(np.int16)
+    return np.where(trace.ends[ends - 1], left, ENDLESS)

@@ -9,8 +9,7 @@ from gymnasium.vector import AutoresetMode
 
 from lede_env.envs.draft_config import DraftConfig
 from lede_env.envs.draft_mdp import make_draft_mdp
-from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, masked
-from lede_env.errors import LedeError
+from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked
 
 
 class SpeculativeDraftVectorEnv(TextVectorEnv):
@@ -40,12 +39,11 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
     def __init__(
         self, num_envs: int = 1, *, autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP, **kwargs: Any
     ):
-        if num_envs < 1:
-            raise LedeError(f"num_envs={num_envs} must be at least 1")
+        check_num_envs(num_envs)
         mdp = make_draft_mdp(DraftConfig.parse(kwargs), lanes=num_envs)
         super().__init__(mdp, num_envs, autoreset_mode, in_parts=mdp.round_episodes)
         self._last = len(self._layers) - 1
-        self._token = np.zeros(num_envs, np.int64)  # new tokens emitted
+        self._token = np.zeros(num_envs, np.int64)  # new tokens emitted; replaced, not written: infos hold it
         # Of the open round, (N,) each.
         self._candidate = np.zeros(num_envs, np.int64)
         self._draft = np.ones(num_envs, np.int64)  # number of the draft in view
@@ -54,6 +52,7 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         self._decisions = np.zeros(num_envs, np.int64)
 
     def _start(self, lanes: np.ndarray, new: np.ndarray) -> None:
+        self._token = self._token.copy()
         self._token[lanes[new]] = 0
         lanes = lanes[new | (self._decisions[lanes] > 0)]  # a round that a reset leaves begins again
         self._candidate[lanes] = self._decisions[lanes] = 0
@@ -65,31 +64,29 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
 
     def _open(self, who: np.ndarray) -> None:
         """Stand at the first candidate of a round, on the lanes of a mask."""
-        others = ~who
-        first = self._table.cell(ALL, self._token)
-        self._candidate = self._candidate * others
-        self._decisions = self._decisions * others
+        first, others = self._table.cell(ALL, self._token), ~who
+        self._candidate *= others
+        self._decisions *= others
         self._draft = np.where(who, 1, self._draft)
         self._cell = np.where(who, first, self._cell)
         self._node = np.where(who, first, self._node)
 
     def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
-        exits = exits & awake
-        first = self._draft == 1
-        walks = first & (awake & ~exits)
+        exits, first = exits & awake, self._draft == 1
+        walks = first & awake & ~exits
         walking = walks & (self._candidate < self._last)
         limit = np.minimum(self._mdp.max_new_tokens - 1 - self._token, self._mdp.cap)  # drafts of the round
         self._table.keep(exits & first)
         after = self._table.after.take(self._node, mode="clip")
         drafting = exits & (after >= 0) & (self._draft < limit)
-        self._decisions = self._decisions + awake
-        self._draft = self._draft + drafting
-        self._candidate = self._candidate + walking
-        self._cell = self._cell + walking
+        self._decisions += awake
+        self._draft += drafting
+        self._candidate += walking
+        self._cell += walking
         self._node = np.where(drafting, after, self._node + walking)
         self._table.move(walking, drafting)
         full = (self._table.after.take(self._node, mode="clip") < 0) | (self._draft >= limit)
-        drawn = (self._draft > 1) | (self._candidate == self._last)
+        drawn = ~first | drafting | (self._candidate == self._last)
         moved = walking | drafting
         return self._verify(awake & (~moved | (full & drawn)), self._candidate + (walks & ~moved))
 
@@ -99,20 +96,22 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         Counts are 0 where the mask is false, and so is what is paid for them.
         """
         mdp, table, candidate = self._mdp, self._table, self._candidate
-        accepted, emitted, ended = table.settle(who, self._cell, self._draft)
-        ended = ended & who
-        accepted, emitted, drafted = accepted * who, emitted * who, self._draft * who
-        if ended.any():
-            drafted = np.where(ended, np.minimum(drafted, emitted), drafted)  # nothing after an EOS counts
-        cost = mdp.costs.take(candidate * (mdp.cap + 1) + drafted) + self._decisions * mdp.decision_cost
         rounds = who.astype(np.int64)
+        missing = rounds - 1  # what makes counts -1 where the mask is false
+        accepted, emitted, ended = table.settle(who, self._cell, self._draft)
+        accepted, emitted, drafted = accepted * rounds, emitted * rounds, self._draft * rounds
+        ended = ended & who
+        over = np.flatnonzero(ended)
+        drafted[over] = np.minimum(drafted[over], emitted[over])  # nothing after an EOS counts
+        cost = mdp.costs.take(candidate * (mdp.cap + 1) + drafted) + self._decisions * mdp.decision_cost
         self._token = self._token + emitted
-        plain = who & ~ended & (self._token == mdp.max_new_tokens - 1)  # nothing to draft: a plain step
-        if plain.any():
-            ended = ended | table.step(plain, self._token)
-            self._token = self._token + plain
-            emitted, rounds, cost = emitted + plain, rounds + plain, cost + plain * mdp.plain_cost
-        cost = cost * who
+        plain = who & ~ended & (self._token == mdp.max_new_tokens - 1)
+        if plain.any():  # nothing to draft: a plain step
+            ended |= table.step(plain, self._token)
+            for count in (self._token, emitted, rounds):
+                count += plain
+            cost += plain * mdp.plain_cost
+        cost *= who
         truncated = who & ~ended & (self._token == mdp.max_new_tokens)
         values = mdp.reward.of_round(candidate, continues * who, drafted, accepted, emitted, cost)
         of_action = {
@@ -120,7 +119,6 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
             "discount": 1.0 - who,
             "reward_terms": masked(dict(zip(mdp.reward.terms, values, strict=True)), self._everyone),
         }
-        missing = who.view(np.int8) - 1  # -1 where the mask is false
         of_round = {
             "exit_layer": np.where(who, self._layers.take(candidate), -1),
             "drafted": drafted + missing,
@@ -144,7 +142,7 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         """Of the observation returned."""
         info = {
             "prompt_id": self._prompt_id,
-            "token_index": self._token.copy(),
+            "token_index": self._token,
             "layer": self._layers.take(self._candidate),
             "phase": np.minimum(self._draft, 2),
             "drafts": self._draft - 1,

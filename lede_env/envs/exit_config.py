@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Self
 
 from lede_env.errors import LedeError
@@ -34,9 +36,32 @@ class ExitConfig:
 
     @classmethod
     def parse(cls, kwargs: Mapping[str, Any]) -> Self:
-        """The configuration of an environment's keyword arguments."""
-        known = [argument.name for argument in fields(cls)]
-        unknown = [name for name in kwargs if name not in known]
+        """The configuration of an environment's keyword arguments; numbers and paths in their plain forms.
+
+        Raises:
+            LedeError: an unknown argument, or a value of the wrong type.
+        """
+        kinds = {argument.name: str(argument.type) for argument in fields(cls)}
+        unknown = [name for name in kwargs if name not in kinds]
         if unknown:
-            raise LedeError(f"unknown argument {unknown[0]!r}; this environment takes {', '.join(known)}")
-        return cls(**kwargs)
+            raise LedeError(f"unknown argument {unknown[0]!r}; this environment takes {', '.join(kinds)}")
+        return cls(**{name: _plain(name, value, kinds[name]) for name, value in kwargs.items()})
+
+
+# By annotation: the type a value must have, its plain form, and what an error calls it. Others are checked where used.
+_KINDS: dict[str, tuple[Any, Any, str]] = {
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a number"),
+    "str": (str, str, "a string"),
+    "str | Sequence[str]": (str | Sequence, None, "a string or a list of strings"),
+    "Mapping[str, float]": (Mapping, dict, "a dict of numbers"),
+}
+
+
+def _plain(name: str, value: Any, annotation: str) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    kind, plain, meaning = _KINDS.get(annotation, (object, None, ""))
+    if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
+        raise LedeError(f"{name}={value!r} must be {meaning}")
+    return value if plain is None else plain(value)

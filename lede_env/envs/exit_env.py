@@ -13,7 +13,7 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.forking import fork
 from lede_env.envs.rendering import ACCEPTED, REJECTED, RENDER_FPS, RENDER_MODES, WALKED, Column, Scene, Screen
-from lede_env.envs.texts import draw_key, draw_texts, prompt_index
+from lede_env.envs.texts import CLOSED, draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
 
@@ -68,6 +68,7 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     have been produced. With `episode="token"` every exit ends an episode (terminates it, but for the last token's), and
     the next `reset()` without seed and `prompt_id` goes on to the next token of the same prompt, or to a new prompt
     where there is none. After an end-of-sequence token the observation is all zeros, and means nothing.
+    An episode has at most `max_new_tokens * len(candidate_layers)` steps; no `TimeLimit` is registered.
 
     ## Info
     Of the observation returned: `prompt_id, token_index, layer`. Of the action taken: `cost` (modelled, in
@@ -97,14 +98,21 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     | `render_mode`                   | `None`           | `"human"`, `"ansi"` or `"rgb_array"`, see Rendering      |
 
     A trace is a recording of the texts with everything the environment shows of them, so nothing needs the language
-    model. Greedily it plays what the model plays; at a temperature, the continuations it holds.
+    model, nor a GPU: `device` and `dtype` are only checked. Greedily it plays what the model plays, step by step; at a
+    temperature, the continuations it holds. `lede record --trace` makes one of any prompts, `python -m
+    lede_env.openings` prompts of any texts, and `lede_env.load_trace` gives one as arrays.
 
     At a temperature above 0 the target token is drawn at full depth and each layer's draft is coupled to it, so that
     it has the layer's distribution and equals the target as often as speculative sampling accepts.
 
+    ## Shifts
+    Environments that differ in one argument have the same spaces, so a policy learned in one can be judged in the
+    other: `task="code"` and then `task="lm"` (Python to prose), `temperature=0` and then 0.6 (text that loops less).
+    `lede_env.evaluate(policy, "LEDE-Tiny-v0", task="lm", temperature=0.6)` does it exactly; both traces ship.
+
     ## Rendering
     `"human"` keeps a picture of the text so far on the terminal, tokens by layers; `"ansi"` returns it as text,
-    `"rgb_array"` as an image, (384, 640, 3) uint8: see `lede_env.envs.rendering`.
+    `"rgb_array"` as an image, (384, 640, 3) uint8, for `gymnasium.wrappers.RecordVideo` too.
 
     ## What if
     `env.unwrapped.fork()` returns an independent environment in the same state, for search. On a trace only.
@@ -127,7 +135,7 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
         self.features = self._mdp.features
         self.attributes = self._mdp.attributes
         self._prompt_over = True  # the next reset begins a prompt, whatever `episode` says
-        self._running = False
+        self._running = self._closed = False
         self._prompt_id = ""
         self._key = np.zeros(1, np.uint64)  # of the texts to come; and how many it has given
         self._texts = np.zeros(1, np.uint64)
@@ -141,6 +149,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        if self._closed:
+            raise LedeError(CLOSED)
         super().reset(seed=seed)
         prompt_id = (options or {}).get("prompt_id")
         chosen = None if prompt_id is None else prompt_index(self.prompt_ids, prompt_id)
@@ -166,7 +176,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
 
     def _play(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if not self._running:
-            raise LedeError("step() before reset(), or after the episode ended; call reset() first")
+            hint = "step() before reset(), or after the episode ended; call reset() first"
+            raise LedeError(CLOSED if self._closed else hint)
         if not self.action_space.contains(action):
             raise LedeError(f"action {action!r} is not in the action space: 0 continues, 1 exits")
         cost = float(self._mdp.step_cost[self._candidate])
@@ -236,3 +247,4 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
 
     def close(self) -> None:
         self._screen.close()
+        self._running, self._closed = False, True

@@ -38,8 +38,8 @@ def make_exit_mdp(config: ExitConfig, lanes: int) -> ExitMDP:
     """Check every argument of the exit environments and build the backend for `lanes` sequences."""
     if config.episode not in ("prompt", "token"):
         raise LedeError(f"episode={config.episode!r} is unknown; use 'prompt' or 'token'")
-    if not isinstance(config.max_new_tokens, int) or config.max_new_tokens < 1:
-        raise LedeError(f"max_new_tokens={config.max_new_tokens!r} must be a whole number, at least 1")
+    if config.max_new_tokens < 1:
+        raise LedeError(f"max_new_tokens={config.max_new_tokens} must be at least 1")
     features = select_features(config.features, "exit")
     source = find_source(config)
     costs = find_costs(config, source)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from lede_env.envs.exit_config import ExitConfig
-from lede_env.envs.exit_mdp import ExitMDP, make_exit_mdp
-from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, masked
-from lede_env.errors import LedeError
+from lede_env.envs.exit_mdp import make_exit_mdp
+from lede_env.envs.exit_outcomes import EXITING, Outcomes
+from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked
 
 
 class SpeculativeExitVectorEnv(TextVectorEnv):
@@ -41,116 +40,65 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
     def __init__(
         self, num_envs: int = 1, *, autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP, **kwargs: Any
     ):
-        if num_envs < 1:
-            raise LedeError(f"num_envs={num_envs} must be at least 1")
+        check_num_envs(num_envs)
         mdp = make_exit_mdp(ExitConfig.parse(kwargs), lanes=num_envs)
         super().__init__(mdp, num_envs, autoreset_mode, in_parts=mdp.token_episodes)
         self._lanes = np.arange(num_envs)
+        self._outcomes = Outcomes.of(mdp.candidate_layers, mdp.reward, mdp.step_cost)
+        # Infos hold these two, so they are replaced, not written.
         self._token = np.zeros(num_envs, np.int64)
-        self._candidate = np.zeros(num_envs, np.int64)
-        self._outcomes = _Outcomes.of(mdp)
+        self._layer = np.full(num_envs, self._layers[0])
+        self._cell = np.zeros(num_envs, np.int64)  # where lanes stand in the tables: row C + candidate
 
     def _start(self, lanes: np.ndarray, new: np.ndarray) -> None:
+        self._token, self._layer = self._token.copy(), self._layer.copy()
         self._token[lanes[new]] = 0
-        self._candidate[lanes] = 0
+        self._layer[lanes] = self._layers[0]
+        self._cell[lanes] = (self._table.base[lanes] + self._token[lanes]) * len(self._layers)
 
     def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
-        table, outcomes, candidate = self._table, self._outcomes, self._candidate
-        row, cell = self._places(ALL)
-        wanted, exits = exits, (exits | (candidate == len(self._layers) - 1)) & awake
-        right = exits & table.accepted.reshape(-1).take(cell, mode="clip")
-        ended = exits & table.ends.take(row, mode="clip")
-        self._token = self._token + exits
-        truncated = exits & ~ended & (self._token == self._mdp.max_new_tokens)
-        kind = candidate * KINDS + exits + right
+        table, outcomes, cell = self._table, self._outcomes, self._cell
+        # `take` is five times as fast as indexing. Clipped, because a text that is over may stand just past the
+        # tables; what is read there counts for nothing.
+        number = table.numbers.reshape(-1).take(cell, mode="clip") + EXITING * exits
         if awake.all():
-            self._candidate = outcomes.following.take(kind)
+            self._layer = outcomes.layer.take(number)
         else:
-            kind[~awake] = len(outcomes.reward) - 1
-            self._candidate = np.where(awake, outcomes.following.take(kind), candidate)
+            number[~awake] = outcomes.idle
+            self._layer = np.where(awake, outcomes.layer.take(number), self._layer)
+        left = outcomes.exits.take(number)
         of_action = {
-            "cost": outcomes.cost.take(kind),
-            "discount": outcomes.discount.take(kind),
-            "forced": exits & ~wanted,
-            "reward_terms": masked({name: of.take(kind) for name, of in outcomes.terms.items()}, self._everyone),
+            "cost": outcomes.cost.take(number),
+            "discount": outcomes.discount.take(number),
+            "forced": outcomes.forced.take(number),
+            "reward_terms": masked({name: of.take(number) for name, of in outcomes.terms.items()}, self._everyone),
         }
+        row = table.base + self._token
         of_exit = {
-            "exit_layer": outcomes.exit_layer.take(kind),
-            "draft_token": np.where(exits, table.drafts.reshape(-1).take(cell, mode="clip"), -1),
-            "target_token": np.where(exits, table.targets.take(row, mode="clip"), -1),
-            "accepted": right,
+            "exit_layer": outcomes.exit_layer.take(number),
+            "draft_token": np.where(left, table.drafts.reshape(-1).take(cell, mode="clip"), -1),
+            "target_token": np.where(left, table.targets.take(row, mode="clip"), -1),
+            "accepted": outcomes.accepted.take(number),
         }
-        info = masked(of_action, self._everyone) | masked(of_exit, exits)
-        return Played(outcomes.reward.take(kind), exits, ended, truncated, info)
-
-    def _places(self, lanes: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Where lanes stand in the backend's tables, (n,) both: the row, and the cell, which is a row's candidate.
-
-        Cells because `take` from a flat table is five times as fast as indexing by two arrays; clipped, because a
-        text that is over may stand just past the tables: what is read there counts for nothing.
-        """
-        row = self._table.base[lanes] + self._token[lanes]
-        return row, row * len(self._layers) + self._candidate[lanes]
+        self._token = self._token + left
+        self._cell = cell + outcomes.onward.take(number)
+        info = masked(of_action, self._everyone) | masked(of_exit, left)
+        ended, truncated = outcomes.ends.take(number), outcomes.truncates.take(number)
+        return Played(outcomes.reward.take(number), left, ended, truncated, info)
 
     def _observations(self, lanes: np.ndarray | slice = ALL) -> np.ndarray:
         """(n, F) float32: what lanes see; zeros where there is no text to see."""
-        blank = self._blank[lanes]
-        behind = (self._table.known[lanes] <= self._token[lanes]) & ~blank
+        blank, table = self._blank[lanes], self._table
+        behind = (table.known[lanes] <= self._token[lanes]) & ~blank
         if behind.any():
             for lane in self._lanes[lanes][behind].tolist():
-                self._table.ensure(lane, int(self._token[lane]))
-        _, cell = self._places(lanes)
-        table = self._table.observations.reshape(-1, len(self.features))  # (cells, F)
-        observations = table.take(cell, axis=0, mode="clip")
+                table.ensure(lane, int(self._token[lane]))
+        observations = table.observations.reshape(-1, len(self.features)).take(self._cell[lanes], axis=0, mode="clip")
         if blank.any():
             observations[blank] = 0.0
         return observations
 
     def _infos(self) -> dict[str, Any]:
         """Of the observation returned."""
-        info = {
-            "prompt_id": self._prompt_id,
-            "token_index": self._token.copy(),
-            "layer": self._layers.take(self._candidate),
-        }
+        info = {"prompt_id": self._prompt_id, "token_index": self._token, "layer": self._layer}
         return masked(info, self._everyone)
-
-
-KINDS = 3  # of actions at a candidate: continue, exit with a wrong draft, exit with a right one
-
-
-@dataclass(frozen=True)
-class _Outcomes:
-    """All that follows from an action's kind, by candidate * KINDS + kind; the last entry is for no action.
-
-    Small tables, because looking N entries up is faster than selecting by masks.
-    """
-
-    reward: np.ndarray
-    terms: dict[str, np.ndarray]
-    cost: np.ndarray
-    discount: np.ndarray
-    exit_layer: np.ndarray
-    following: np.ndarray  # the candidate after it
-
-    @classmethod
-    def of(cls, mdp: ExitMDP) -> _Outcomes:
-        layers, reward = np.array(mdp.candidate_layers), mdp.reward
-
-        def table(continued: Any, wrong: Any, right: Any, idle: Any) -> np.ndarray:
-            kinds = [np.broadcast_to(value, len(layers)) for value in (continued, wrong, right)]
-            return np.append(np.stack(kinds, axis=1), idle)
-
-        terms = {
-            "accepted": table(0.0, 0.0, reward.accepted, 0.0),
-            "rejected": table(0.0, reward.rejected, 0.0, 0.0),
-            "continue": table(reward.continue_, 0.0, 0.0, 0.0),
-        }
-        return cls(
-            reward=np.sum(list(terms.values()), axis=0),
-            terms=terms,
-            cost=table(mdp.step_cost, mdp.step_cost, mdp.step_cost, 0.0),
-            discount=table(1.0, 0.0, 0.0, 1.0),
-            exit_layer=table(-1, layers, layers, -1),
-            following=table(np.arange(1, len(layers) + 1), 0, 0, 0),
-        )

@@ -108,6 +108,7 @@ def load_weights(config: ExitConfig) -> LayeredLM:
 
 
 def _trace(config: ExitConfig) -> Source:
+    resolve_device(config.device)  # nothing runs there, but a GPU that is asked for and absent is an error everywhere
     layers, sampling = checked_layers(config.candidate_layers), _sampling(config)
     spec = find_spec(str(config.model))
     if config.weights == "twin":

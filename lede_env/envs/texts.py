@@ -10,6 +10,8 @@ import numpy as np
 from lede_env.engine.acceptance import derive_seed
 from lede_env.errors import LedeError
 
+CLOSED = "this environment is closed; make another by gym.make or gym.make_vec"
+
 
 def draw_key(rng: np.random.Generator) -> np.uint64:
     """The key of `draw_texts`: all that an environment takes from its generator, once a seed."""

@@ -9,6 +9,7 @@ import numpy as np
 from lede_env.data.trace_file import Trace, text_digest
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.signals import compute_features, trace_feature
+from lede_env.envs.exit_outcomes import number_cells
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt
 
@@ -30,8 +31,8 @@ class TraceBackend:
         features: tuple[str, ...],
     ):
         check_settings(trace, max_new_tokens, sampling, candidate_layers)
-        place = {prompt_id: index for index, prompt_id in enumerate(trace.prompt_ids)}
-        absent = [prompt_id for prompt_id in prompt_ids if prompt_id not in place]
+        index_of = {prompt_id: index for index, prompt_id in enumerate(trace.prompt_ids)}
+        absent = [prompt_id for prompt_id in prompt_ids if prompt_id not in index_of]
         if absent or not prompt_ids:
             raise LedeError(
                 f"the trace lacks {len(absent)} of the {len(prompt_ids)} prompts asked for "
@@ -50,7 +51,9 @@ class TraceBackend:
             match=trace.match[:, None],
         )
         self.accepted, self.drafts, self.targets, self.ends = trace.accepted, trace.drafts, trace.targets, trace.ends
-        self._first_text = np.array([place[prompt_id] * header.samples for prompt_id in prompt_ids])
+        place = np.arange(len(trace.targets)) - np.repeat(trace.starts[:-1], np.diff(trace.starts))  # (N,) in the text
+        self.numbers = number_cells(trace.accepted, trace.ends, place == max_new_tokens - 1)  # (N, C)
+        self._first_text = np.array([index_of[prompt_id] * header.samples for prompt_id in prompt_ids])
 
     def start(self, lane: int, prompt: int, seed: int) -> None:
         """Begin a prompt's continuation on a lane: the sample that `seed` chooses."""

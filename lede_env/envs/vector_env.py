@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from lede_env.envs.forking import fork
-from lede_env.envs.texts import draw_key, draw_texts, prompt_index
+from lede_env.envs.texts import CLOSED, draw_key, draw_texts, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT
 
@@ -84,6 +85,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        if self.closed:
+            raise LedeError(CLOSED)
         mask, chosen = self._checked_options(options or {})
         seeds = self._checked_seeds(seed)
         lanes = np.flatnonzero(mask)
@@ -104,7 +107,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
             raise LedeError(f"reset_mask must be {self.num_envs} booleans, at least one true; got {mask!r}")
         names = options.get("prompt_ids", [None] * self.num_envs)
-        if isinstance(names, str) or len(names) != self.num_envs:
+        if not isinstance(names, Sequence | np.ndarray) or isinstance(names, str) or len(names) != self.num_envs:
             raise LedeError(f"prompt_ids must be a list of {self.num_envs} prompts, one an environment; got {names!r}")
         return mask, np.array([-1 if name is None else prompt_index(self.prompt_ids, name) for name in names])
 
@@ -114,6 +117,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
             return [int(seed) + lane for lane in range(self.num_envs)]
+        if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str):
+            raise LedeError(f"seed={seed!r} must be a whole number, or a list of {self.num_envs}")
         if len(seed) != self.num_envs:
             raise LedeError(f"seed lists {len(seed)} seeds for {self.num_envs} environments; give one each")
         return [None if each is None else int(each) for each in seed]
@@ -137,8 +142,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         exits = actions == EXIT
         if actions.shape != (self.num_envs,) or not (exits | (actions == CONTINUE)).all():
             raise LedeError(f"actions must be {self.num_envs} values out of 0 (continue) and 1 (exit), got {actions!r}")
-        if not self._begun:
-            raise LedeError("step() before reset(); call reset() first")
+        if self.closed or not self._begun:
+            raise LedeError(CLOSED if self.closed else "step() before reset(); call reset() first")
         asleep = self._over.copy()  # `_begin` writes into it
         if self.autoreset_mode is not AutoresetMode.DISABLED and asleep.any():  # reset by this step, action ignored
             self._begin(np.flatnonzero(asleep))
@@ -149,15 +154,21 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._over = terminated | played.truncated
         if self.autoreset_mode is AutoresetMode.DISABLED:
             self._over |= asleep
-        observations, info = self._observations(), self._infos() | played.info
-        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
-            final = masked({"final_obs": observations.copy(), "final_info": info}, self._over)
-            lanes = np.flatnonzero(self._over)
-            self._over = np.zeros(self.num_envs, bool)
-            self._begin(lanes)
-            observations[lanes] = self._observations(lanes)
-            info = self._infos() | played.info | final
-        return observations, played.rewards, terminated, played.truncated, info
+        info = self._infos() | played.info
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP or not self._over.any():
+            return self._observations(), played.rewards, terminated, played.truncated, info
+        lanes, final = np.flatnonzero(self._over), masked({"final_info": info}, self._over)
+        last, self._over = self._observations(lanes), np.zeros(self.num_envs, bool)
+        self._begin(lanes)
+        observations = self._observations()  # of the new episodes too: a language model computes them with the others
+        final["final_obs"], final["_final_obs"] = observations.copy(), final["_final_info"]
+        final["final_obs"][lanes] = last
+        return observations, played.rewards, terminated, played.truncated, self._infos() | played.info | final
+
+
+def check_num_envs(num_envs: Any) -> None:
+    if not isinstance(num_envs, Integral) or isinstance(num_envs, bool) or num_envs < 1:
+        raise LedeError(f"num_envs={num_envs!r} must be a whole number, at least 1")
 
 
 def masked(info: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
