@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lede_env.engine.signals import INPUTS, feature_matrix
 from lede_env.errors import LedeError
 from lede_env.policies import (
+    MaskedMLPPolicy,
     MLPPolicy,
     RandomPolicy,
     StaticPolicy,
@@ -94,6 +96,43 @@ def test_mlp_that_makes_no_sense_is_refused(policy):
         replace(policy, mdp="chat")
 
 
+def masked(policy: MLPPolicy, flexibility: float) -> MaskedMLPPolicy:
+    """Of `policy`, with an imitator of another shape and other weights."""
+    imitator = MLPPolicy.random(FEATURES, hidden=(6,), seed=5)
+    known = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    imitator = replace(policy, weights=imitator.weights, biases=imitator.biases)
+    return MaskedMLPPolicy(**known, imitator=imitator, flexibility=flexibility)
+
+
+@pytest.mark.parametrize("flexibility", [0.3, 0.9])
+def test_masked_mlp_takes_the_better_of_the_likely_actions(policy, flexibility):
+    x = np.random.default_rng(0).normal(1, 2, size=(200, 3)).astype(np.float32)
+    batch_constrained = masked(policy, flexibility)
+    logits = batch_constrained.imitator.q_values(x)
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    allowed = chances > flexibility * chances.max(1, keepdims=True)
+    expected = np.where(allowed, policy.q_values(x), -np.inf).argmax(1)
+    np.testing.assert_array_equal(batch_constrained.exit_probability(x), expected)
+    assert 0 < (expected != policy.exit_probability(x)).mean() < 1  # the mask matters, and not everywhere
+
+
+@pytest.mark.parametrize("flexibility", [1e-9, 0.9])
+def test_the_decoders_short_way_decides_alike(policy, flexibility):
+    """From `Signals.inputs`, of which the features are linear; also for a network without hidden layers."""
+    linear = replace(policy, weights=(np.float32([[1, -1, 2], [0.5, 1, -1]]),), biases=policy.biases[2:])
+    inputs = np.random.default_rng(0).normal(0, 2, size=(100, INPUTS)).astype(np.float32)
+    for each in (policy, linear, masked(policy, flexibility)):
+        exits = each.exit_probability(inputs @ feature_matrix(FEATURES))
+        np.testing.assert_array_equal(exits, [each.advantage(row) > 0 for row in inputs])
+
+
+def test_a_mask_that_makes_no_sense_is_refused(policy):
+    with pytest.raises(LedeError, match=r"flexibility=1\.5"):
+        masked(policy, 1.5)
+    with pytest.raises(LedeError, match="its imitator"):
+        replace(masked(policy, 0.3), imitator=MLPPolicy.random(("layer",)))
+
+
 # --- files
 
 
@@ -105,6 +144,14 @@ def test_a_saved_policy_comes_back_exactly(policy, tmp_path):
         np.testing.assert_array_equal(loaded.q_values(x), policy.q_values(x))
         for name in ("features", "mdp", "candidate_layers", "n_layers", "model_fingerprint", "model_name", "training"):
             assert getattr(loaded, name) == getattr(policy, name)
+
+
+def test_a_saved_masked_policy_comes_back_exactly(policy, tmp_path):
+    saved = masked(policy, 0.3)
+    loaded = load_policy(saved.save(tmp_path))
+    x = np.random.default_rng(0).normal(1, 2, size=(100, 3)).astype(np.float32)
+    np.testing.assert_array_equal(loaded.exit_probability(x), saved.exit_probability(x))
+    assert isinstance(loaded, MaskedMLPPolicy) and loaded.card() == saved.card()
 
 
 def test_missing_files_are_named(policy, tmp_path):
@@ -127,7 +174,7 @@ def test_a_truncated_weights_file_is_refused(policy, tmp_path, keep):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "gru"}, r"kind='gru'.*\['mlp'\]"),
+        ({"kind": "gru"}, r"kind='gru'.*\['mlp', 'masked_mlp'\]"),
         ({"format_version": 99}, r"format_version=99.*\[1\]"),
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"state_reset": "token"}, "state_reset='token'"),

@@ -26,7 +26,7 @@ def _turned(base_ptr, offsets, mask, rope_ptr, positions, d, DIM: tl.constexpr):
 
 @triton.jit
 def _attention_kernel(
-    qkv_ptr, keys_ptr, values_ptr, rope_ptr, out_ptr, part_ptr, stats_ptr, arrived_ptr, state_ptr, scale,
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, out_ptr, part_ptr, stats_ptr, arrived_ptr, state_ptr, scale, capacity,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,8 @@ def _attention_kernel(
     head, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(state_ptr) + tl.load(state_ptr + 1)  # position of the first new row
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM  # of a row of qkv
-    stride: tl.constexpr = KV_HEADS * DIM  # of a position of the cache
+    keys_ptr += head.to(tl.int64) * capacity * DIM
+    values_ptr += head.to(tl.int64) * capacity * DIM
     r, d = tl.arange(0, BR), tl.arange(0, DIM)
     query, valid = r // GROUP, r < ROWS * GROUP
     heads = head * GROUP + r % GROUP  # query heads of this KV head
@@ -50,7 +51,7 @@ def _attention_kernel(
     end = tl.minimum(begin + span, start)
     for first in tl.range(begin, end, BT):
         t = first + tl.arange(0, BT)
-        place = t[:, None] * stride + head * DIM + d[None, :]
+        place = t[:, None] * DIM + d[None, :]
         k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)  # (BT, DIM)
         v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BR, BT)
@@ -67,7 +68,7 @@ def _attention_kernel(
         at = j * width + (HEADS + head) * DIM
         k = _turned(qkv_ptr, at, new, rope_ptr, start + j, d, DIM).to(qkv_ptr.dtype.element_ty)
         v = tl.load(qkv_ptr + (at + KV_HEADS * DIM)[:, None] + d[None, :], mask=new[:, None], other=0.0)
-        place = (start + j)[:, None] * stride + head * DIM + d[None, :]
+        place = (start + j)[:, None] * DIM + d[None, :]
         tl.store(keys_ptr + place, k, mask=new[:, None])
         tl.store(values_ptr + place, v, mask=new[:, None])
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -120,12 +121,12 @@ class Attention:
 
         Args:
             qkv: (rows, (heads + 2 kv_heads) D), not rotated.
-            keys, values: (1, capacity, kv_heads, D) of the layer.
+            keys, values: (1, kv_heads, capacity, D) of the layer.
             rope: (positions, D / 2, 2) float32 cosines and sines.
             state: (.,) int64: state[0] + state[1] is the position of the first row.
         """
         _attention_kernel[(self.kv_heads, self.splits)](
-            qkv, keys, values, rope, out, self.part, self.stats, self.arrived, state, self.dim**-0.5,
+            qkv, keys, values, rope, out, self.part, self.stats, self.arrived, state, self.dim**-0.5, keys.shape[2],
             ROWS=self.rows, HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, GROUP=self.group,
             BR=self.block, BJ=max(16, triton.next_power_of_2(self.rows)), BT=BLOCK, SPLITS=self.splits,
             PDL=PDL, num_warps=4, num_stages=2, **LAUNCH,

@@ -1,0 +1,77 @@
+"""Exit policies: what a rule must offer, the simple rules, learned networks and their file format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lede_env.errors import LedeError
+from lede_env.policies.files import SHIPPED, load_policy
+from lede_env.policies.networks import MaskedMLPPolicy, MLPPolicy
+from lede_env.policies.oracle import Oracle
+from lede_env.policies.rules import CONTINUE, EXIT, ExitPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
+
+__all__ = [
+    "CONTINUE",
+    "EXIT",
+    "SHIPPED",
+    "ExitPolicy",
+    "MLPPolicy",
+    "MaskedMLPPolicy",
+    "Oracle",
+    "RandomPolicy",
+    "StaticPolicy",
+    "ThresholdPolicy",
+    "check_compatible",
+    "load_policy",
+    "parse_policy",
+]
+
+
+def check_compatible(
+    policy: ExitPolicy,
+    fingerprint: str,
+    candidate_layers: Sequence[int],
+    features: Sequence[str],
+    mdp: str,
+) -> None:
+    """Raise `LedeError` unless `policy` can run on this model, at these layers, from these features.
+
+    A policy trained on the exit MDP also runs on the draft MDP: the paper deploys it so (section 3.3).
+    """
+    unseen = [name for name in policy.features if name not in features]
+    if unseen:
+        raise LedeError(
+            f"the policy observes {tuple(policy.features)}, but here there is only {tuple(features)}: "
+            f"{unseen} missing; pass features='extended' or train a policy on these features"
+        )
+    if isinstance(policy, StaticPolicy) and policy.layer not in candidate_layers:
+        raise LedeError(
+            f"the policy exits at layer {policy.layer}, but the candidate layers here are "
+            f"{tuple(candidate_layers)}; choose one of these"
+        )
+    if not isinstance(policy, MLPPolicy):
+        return
+    if policy.model_fingerprint != fingerprint:
+        raise LedeError(
+            f"the policy was trained for {policy.model_name!r} (fingerprint {policy.model_fingerprint}), but "
+            f"this model has fingerprint {fingerprint}; load that model or train a policy for this one"
+        )
+    if list(policy.candidate_layers) != list(candidate_layers):
+        raise LedeError(
+            f"the policy was trained with candidate layers {policy.candidate_layers}, but they are "
+            f"{tuple(candidate_layers)} here; pass candidate_layers={policy.candidate_layers} or train again"
+        )
+    if policy.mdp != mdp and (policy.mdp, mdp) != ("exit", "draft"):
+        raise LedeError(f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it")
+
+
+def parse_policy(text: str, n_layers: int, candidates: Sequence[int]) -> ExitPolicy:
+    """A policy from a command line: ``random``, ``static:<layer>``, or what `load_policy` takes."""
+    if text == "random":
+        return RandomPolicy()
+    if not text.startswith("static:"):
+        return load_policy(text)
+    layer = text.removeprefix("static:")
+    if not layer.isdecimal() or int(layer) not in candidates:
+        raise LedeError(f"policy {text!r}: {layer!r} is not one of the candidate layers {tuple(candidates)}")
+    return StaticPolicy(int(layer), n_layers)

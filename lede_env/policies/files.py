@@ -1,0 +1,128 @@
+"""Reading the policy file, which `MLPPolicy.save` writes: a folder with ``policy.json`` and ``policy.safetensors``.
+
+The JSON says which kind of policy it is, what it observes and which model it was trained for. The tensors are float32:
+
+| kind | class | tensors |
+|---|---|---|
+| ``mlp`` | `MLPPolicy` | ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,) |
+| ``masked_mlp`` | `MaskedMLPPolicy` | those, and ``imitator.<i>.weight``, ``imitator.<i>.bias`` |
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lede_env.errors import LedeError
+from lede_env.policies.networks import FORMAT_VERSION, MaskedMLPPolicy, MLPPolicy
+
+SHIPPED = {"tiny": Path(__file__).parents[1] / "models" / "tiny" / "policy"}
+# What this version can run; state_reset belongs to recurrent kinds.
+_SUPPORTED: dict[str, list[Any]] = {
+    "format_version": [FORMAT_VERSION],
+    "kind": [MLPPolicy.kind, MaskedMLPPolicy.kind],
+    "activation": ["relu"],
+    "state_reset": ["none"],
+}
+
+
+def load_policy(path: str | Path) -> MLPPolicy:
+    """Load a policy: its folder, its ``.safetensors`` file, or the name of a shipped one (``"tiny"``).
+
+    Raises `LedeError` if a file is missing or damaged, or if this version cannot run the policy.
+    """
+    location = SHIPPED.get(str(path), Path(path))
+    if location.suffix == ".safetensors":
+        tensor_file, card_file = location, location.with_suffix(".json")
+    else:
+        tensor_file, card_file = location / "policy.safetensors", location / "policy.json"
+    for file in (card_file, tensor_file):
+        if not file.is_file():
+            raise LedeError(
+                f"no policy at {str(path)!r}: {file} is missing; give a folder with policy.json and "
+                f"policy.safetensors, the .safetensors file, or one of {sorted(SHIPPED)}; "
+                "on a command line also random or static:LAYER"
+            )
+    card = _read_card(card_file)
+    try:
+        layers = card["candidate_layers"]
+        if not layers or any(type(layer) is not int for layer in layers) or layers != sorted(set(layers)):
+            raise LedeError(
+                f"{card_file} has candidate_layers={layers!r}; expected ascending numbers; export the policy again"
+            )
+        return _build(card, tensor_file)
+    except LedeError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedeError(f"{card_file} is malformed ({error!r}); export the policy again") from error
+
+
+def _build(card: Mapping[str, Any], tensor_file: Path) -> MLPPolicy:
+    """The policy of a checked policy.json."""
+    networks = {"layers": [len(card["features"]), *card["hidden_sizes"], 2]}
+    if card["kind"] == MaskedMLPPolicy.kind:
+        networks["imitator"] = [len(card["features"]), *card["imitator_hidden_sizes"], 2]
+    arrays = _read_networks(tensor_file, networks)
+    shared: dict[str, Any] = dict(
+        mean=np.array(card["normaliser"]["mean"], np.float32),
+        std=np.array(card["normaliser"]["std"], np.float32),
+        features=tuple(card["features"]),
+        candidate_layers=tuple(card["candidate_layers"]),
+        **{name: card[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name", "training")},
+    )
+    if "imitator" not in arrays:
+        return MLPPolicy(*arrays["layers"], **shared)
+    imitator = MLPPolicy(*arrays["imitator"], **shared)
+    return MaskedMLPPolicy(*arrays["layers"], **shared, imitator=imitator, flexibility=card["flexibility"])
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """policy.json, checked for what this version can run."""
+    try:
+        card = json.loads(file.read_text())
+    except ValueError as error:
+        raise LedeError(f"{file} is not valid JSON ({error}); export the policy again") from error
+    if not isinstance(card, dict):
+        raise LedeError(f"{file} is not a JSON object; export the policy again")
+    for key, supported in _SUPPORTED.items():
+        if card.get(key) not in supported:
+            raise LedeError(
+                f"{file} has {key}={card.get(key)!r}; this version of lede_env runs {supported}, "
+                "update lede_env or export the policy again"
+            )
+    return card
+
+
+def _read_networks(file: Path, networks: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[np.ndarray, ...], ...]]:
+    """Weights and biases of networks with these names and layer sizes, as policy.json announces them."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise LedeError(
+            f"{file} is not a readable safetensors file ({error}), perhaps cut short; copy or export it again"
+        ) from error
+    expected: dict[str, tuple[int, ...]] = {}
+    for network, sizes in networks.items():
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+            expected |= {f"{network}.{i}.weight": (outputs, inputs), f"{network}.{i}.bias": (outputs,)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        raise LedeError(
+            f"{file} holds {found}, but its policy.json announces {expected}; "
+            "the two files belong to different policies, copy or export both again"
+        )
+    return {
+        network: tuple(
+            tuple(tensors[f"{network}.{i}.{part}"].astype(np.float32) for i in range(len(sizes) - 1))
+            for part in ("weight", "bias")
+        )
+        for network, sizes in networks.items()
+    }

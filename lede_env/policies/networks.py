@@ -1,0 +1,201 @@
+"""Policies that are small networks, run in numpy: they act greedily on the values of `CONTINUE` and `EXIT`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lede_env.errors import LedeError
+from lede_env.models.zoo import twin_layer
+from lede_env.policies.rules import CONTINUE, EXIT
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class MLPPolicy:
+    """Greedy on the Q-values of a small ReLU network (paper section 3.2), run in numpy.
+
+    weights: one (outputs, inputs) float32 array a layer, biases: (outputs,); the last layer gives
+        Q(continue), Q(exit).
+    mean, std: (F,) the observation normaliser; the network sees ``(observation - mean) / std``.
+    features, mdp ("exit" | "draft"), candidate_layers, n_layers, model_fingerprint, model_name: what it was
+        trained on. training: anything worth keeping about how, JSON values only.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    biases: tuple[np.ndarray, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    features: tuple[str, ...]
+    mdp: str
+    candidate_layers: tuple[int, ...]
+    n_layers: int
+    model_fingerprint: str
+    model_name: str
+    training: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "mlp"
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.features), *(len(bias) for bias in self.biases))
+        shapes = [weight.shape for weight in self.weights]
+        expected = [(outputs, inputs) for inputs, outputs in itertools.pairwise(sizes)]
+        if shapes != expected or sizes[-1] != 2:
+            raise LedeError(f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs")
+        if self.mean.shape != (sizes[0],) or self.std.shape != (sizes[0],) or not (self.std > 0).all():
+            raise LedeError(f"MLPPolicy needs a mean and a positive std for each of {self.features}")
+        if self.mdp not in ("exit", "draft"):
+            raise LedeError(f"MLPPolicy mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
+        if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases, self.mean, self.std)):
+            raise LedeError("MLPPolicy has a weight or a normaliser that is not finite; its training diverged")
+
+    @classmethod
+    def random(cls, features: Sequence[str], hidden: Sequence[int] = (64, 64), seed: int = 0) -> MLPPolicy:
+        """Untrained, for no model in particular: to time a policy, or to test what takes one."""
+        rng = np.random.default_rng(seed)
+        sizes = list(itertools.pairwise((len(features), *hidden, 2)))
+        return cls(
+            weights=tuple(rng.normal(0, m**-0.5, size=(n, m)).astype(np.float32) for m, n in sizes),
+            biases=tuple(np.zeros(n, np.float32) for _, n in sizes),
+            mean=np.zeros(len(features), np.float32),
+            std=np.ones(len(features), np.float32),
+            features=tuple(features),
+            mdp="exit",
+            candidate_layers=(),
+            n_layers=0,
+            model_fingerprint="",
+            model_name="",
+        )
+
+    @cached_property
+    def _layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(inputs, outputs) matrix and (outputs,) bias of each layer; the first one includes the normaliser."""
+        first = self.weights[0] / self.std  # W (x - mean) / std + b = (W / std) x + (b - (W / std) mean)
+        matrices = (first, *self.weights[1:])
+        biases = (self.biases[0] - first @ self.mean, *self.biases[1:])
+        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in zip(matrices, biases, strict=True)]
+
+    def q_values(self, observations: np.ndarray) -> np.ndarray:
+        """(N, F) -> (N, 2) values of `CONTINUE` and `EXIT`."""
+        *hidden, (matrix, bias) = self._layers
+        x = observations
+        for inner, inner_bias in hidden:
+            x = np.maximum(x @ inner + inner_bias, 0.0)
+        return x @ matrix + bias
+
+    @cached_property
+    def _on_inputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `_layers`, (outputs, inputs) matrices, from raw inputs to Q(exit) - Q(continue)."""
+        from lede_env.engine.signals import feature_matrix
+
+        (first, bias), *others = self._layers
+        layers = [(feature_matrix(self.features) @ first, bias), *others]
+        last, last_bias = layers.pop()
+        layers.append((last[:, EXIT:] - last[:, :EXIT], last_bias[EXIT:] - last_bias[:EXIT]))
+        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in layers]
+
+    def advantage(self, inputs: np.ndarray) -> float:
+        """Q(exit) - Q(continue) from the (INPUTS,) `Signals.inputs` of one decision: the decoder's short way."""
+        *hidden, (last, last_bias) = self._on_inputs
+        x = inputs
+        for matrix, bias in hidden:
+            x = matrix.dot(x)
+            x += bias
+            np.maximum(x, 0.0, out=x)
+        return float(last.dot(x)[0] + last_bias[0])
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        q = self.q_values(observations)
+        return (q[:, EXIT] > q[:, CONTINUE]).astype(np.float64)
+
+    def relabelled(self, n_layers: int) -> MLPPolicy:
+        """This policy on a geometry twin of its model, `n_layers` deep: its candidates are where their layers lie."""
+        layers = tuple(twin_layer(layer, self.n_layers, n_layers) for layer in self.candidate_layers)
+        return replace(self, n_layers=n_layers, candidate_layers=layers)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write policy.json and policy.safetensors into `folder`, made if missing; returns the folder."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors(), folder / "policy.safetensors")
+        (folder / "policy.json").write_text(json.dumps(self.card(), indent=2) + "\n")
+        return folder
+
+    def tensors(self, name: str = "layers") -> dict[str, np.ndarray]:
+        """What policy.safetensors holds: ``<name>.<i>.weight`` (outputs, inputs) and ``<name>.<i>.bias`` (outputs,)."""
+        parts = {"weight": self.weights, "bias": self.biases}
+        return {
+            f"{name}.{i}.{part}": np.ascontiguousarray(array)
+            for part, arrays in parts.items()
+            for i, array in enumerate(arrays)
+        }
+
+    def card(self) -> dict[str, Any]:
+        """What policy.json holds."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "mdp": self.mdp,
+            "features": list(self.features),
+            "hidden_sizes": [len(bias) for bias in self.biases[:-1]],
+            "activation": "relu",
+            "normaliser": {"mean": self.mean.tolist(), "std": self.std.tolist()},
+            "state_reset": "none",
+            "candidate_layers": list(self.candidate_layers),
+            "n_layers": self.n_layers,
+            "model_fingerprint": self.model_fingerprint,
+            "model_name": self.model_name,
+            "training": self.training,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedMLPPolicy(MLPPolicy):
+    """An `MLPPolicy` that acts as those who logged its data might have: batch-constrained Q-learning (Fujimoto, 2019).
+
+    An action is allowed where `imitator` gives it more than `flexibility` times the probability of the likelier one.
+    Of the allowed actions the one with the higher Q-value is taken.
+
+    imitator: its two outputs are the logits of the logged actions; the same observations and normaliser.
+    flexibility: in (0, 1); towards 0 all is allowed, towards 1 only the likelier action.
+    """
+
+    imitator: MLPPolicy = field(kw_only=True)
+    flexibility: float = field(kw_only=True)
+    kind: ClassVar[str] = "masked_mlp"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.flexibility < 1.0:
+            raise LedeError(f"MaskedMLPPolicy flexibility={self.flexibility} is not in (0, 1)")
+        if self.imitator.features != self.features:
+            raise LedeError(f"MaskedMLPPolicy observes {self.features}, but its imitator {self.imitator.features}")
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        logits, edge = self.imitator.q_values(observations), math.log(self.flexibility)
+        preference = logits[:, EXIT] - logits[:, CONTINUE]
+        wanted = super().exit_probability(observations)
+        return np.where(preference <= edge, 0.0, np.where(-preference <= edge, 1.0, wanted))
+
+    def advantage(self, inputs: np.ndarray) -> float:
+        preference, edge = self.imitator.advantage(inputs), math.log(self.flexibility)
+        if preference <= edge:
+            return -math.inf
+        return math.inf if -preference <= edge else super().advantage(inputs)
+
+    def tensors(self, name: str = "layers") -> dict[str, np.ndarray]:
+        return super().tensors(name) | self.imitator.tensors("imitator")
+
+    def card(self) -> dict[str, Any]:
+        hidden_sizes = self.imitator.card()["hidden_sizes"]
+        return super().card() | {"imitator_hidden_sizes": hidden_sizes, "flexibility": self.flexibility}
