@@ -12,10 +12,10 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
@@ -25,6 +25,9 @@ from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.cli import clear_errors, progress_bar
 from lede_env.errors import LedeError
 from lede_env.models.zoo import MODELS, ModelSpec
+
+if TYPE_CHECKING:
+    from lede_env.engine.cuda.linear import Tiles
 
 SHARED_BYTES = 220_000  # shared memory of a Hopper multiprocessor that a program may take
 COPIES_BYTES = 400_000_000  # of a matrix, together: many times the cache
@@ -67,26 +70,28 @@ def products(spec: ModelSpec) -> list[Product]:
     ]
 
 
-def candidates(rows: int, product: Product) -> Iterator[dict[str, int]]:
+def candidates(rows: int, product: Product) -> Iterator[Tiles]:
+    from lede_env.engine.cuda.linear import Tiles
+
     matrices = 2 if product.gated else 1
     if rows == 1:
-        for n, k, warps in itertools.product((2, 4, 8, 16), (256, 512, 1024, 2048), (2, 4, 8)):
-            if 16 <= n * k * matrices // (32 * warps) <= 64:
-                yield {"BN": n, "BK": k, "num_warps": warps, "num_stages": 1}
-        return
-    for n, k, warps, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (2, 3, 4, 5)):
-        shared = stages * k * 2 * (n * matrices + 16)
-        if 40_000 <= shared <= SHARED_BYTES:
-            yield {"BN": n, "BK": k, "num_warps": warps, "num_stages": stages}
+        for n, k, warps, stages in itertools.product((4, 8, 16), (256, 512, 1024, 2048), (2, 4, 8), (1, 3, 4)):
+            if 16 <= n * k * matrices // (32 * warps) <= 64 and stages * n * k * matrices * 2 <= SHARED_BYTES:
+                yield Tiles(n, k, warps, stages, dot=False)
+    for n, k, warps, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (3, 4, 5)):
+        if 40_000 <= stages * k * 2 * (n * matrices + 16) <= SHARED_BYTES:
+            yield Tiles(n, k, warps, stages, dot=True)
 
 
-def run(product: Product, rows: int, tiles: dict[str, int], weights: list, buffers: dict[str, Any]) -> None:
+def run(product: Product, rows: int, tiles: Tiles, weights: list, buffers: dict[str, Any]) -> None:
+    """The product with each copy of its matrix, as the engine asks for it."""
     from lede_env.engine.cuda.linear import linear
 
+    gained, gain = buffers["gained"][rows], buffers["gain"]
     for weight in weights:
         linear(
-            buffers["x"], weight, buffers["out"], buffers["state"], rows, tiles=tiles, gated=product.gated,
-            norm=buffers["gain"] if product.norm else None, eps=buffers["eps"], residual=not product.norm,
+            gained if product.norm else buffers["x"], weight, buffers["out"], buffers["state"], rows, tiles=tiles,
+            gated=product.gated, eps=buffers["eps"], residual=None if product.norm else (gain, gained),
         )  # fmt: skip
 
 
@@ -100,14 +105,26 @@ def tensors(product: Product, copies_bytes: int) -> tuple[list, dict[str, Any]]:
     out_kind = torch.float32 if product.name == "head" else kind
     return weights, {
         "x": torch.randn(32, product.inputs, **options),
-        "out": torch.zeros(32, product.outputs, device="cuda", dtype=out_kind),
-        "gain": torch.ones(product.inputs, **options),
+        "out": torch.zeros(64, product.outputs, device="cuda", dtype=out_kind),
+        "gain": torch.ones(product.outputs, **options),
+        "gained": {rows: gained(rows, product) for rows in range(1, 20)},
         "eps": torch.tensor(1e-5, device="cuda"),
         "state": torch.zeros(8, dtype=torch.long, device="cuda"),
     }
 
 
-def compile_some(tasks: list[tuple[Product, int, dict[str, int]]]) -> None:
+def gained(rows: int, product: Product) -> Any:
+    """Random states as the first half of a norm."""
+    from lede_env.engine.cuda.linear import Gained
+
+    wide = max(product.inputs, product.outputs)
+    made = Gained.empty(rows, product.inputs if product.norm else wide, torch.bfloat16, torch.device("cuda"))
+    made.x.normal_()
+    made.parts = 256
+    return made
+
+
+def compile_some(tasks: list[tuple[Product, int, Tiles]]) -> None:
     """Fill the compiler's cache on disk."""
     made: dict[Product, tuple] = {}
     for product, rows, tiles in tasks:
@@ -119,7 +136,7 @@ def compile_some(tasks: list[tuple[Product, int, dict[str, int]]]) -> None:
             continue
 
 
-def timed(product: Product, rows: int, tiles: dict[str, int], weights: list, buffers: dict[str, Any]) -> float:
+def timed(product: Product, rows: int, tiles: Tiles, weights: list, buffers: dict[str, Any]) -> float:
     """Median microseconds of one product, replayed as a graph over the copies."""
     run(product, rows, tiles, weights, buffers)
     torch.cuda.synchronize()
@@ -135,6 +152,14 @@ def timed(product: Product, rows: int, tiles: dict[str, int], weights: list, buf
         end.synchronize()
         samples.append(begin.elapsed_time(end) * 1e3 / len(weights))
     return sorted(samples[2:])[2]
+
+
+def fastest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first few of each product and number of rows."""
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["us"]):
+        kinds.setdefault((row["product"], row["inputs"], row["outputs"], row["rows"]), []).append(row)
+    return [row for kind in sorted(kinds) for row in kinds[kind][:count]]
 
 
 def main(args: Args) -> None:
@@ -164,14 +189,8 @@ def main(args: Args) -> None:
                 continue
             rate = weights[0].numel() * 2 / micros * 1e-6
             shape = {"product": product.name, "outputs": product.outputs, "inputs": product.inputs, "rows": rows}
-            rows_out.append({**shape, **tiles, "us": micros, "TB/s": rate})
-    rows_out.sort(key=lambda row: (row["product"], row["inputs"], row["outputs"], row["rows"], row["us"]))
-    keys = list(dict.fromkeys((r["product"], r["inputs"], r["outputs"], r["rows"]) for r in rows_out))
-    best = [
-        r
-        for key in keys
-        for r in [r for r in rows_out if (r["product"], r["inputs"], r["outputs"], r["rows"]) == key][:3]
-    ]
+            rows_out.append({**shape, **asdict(tiles), "us": micros, "TB/s": rate})
+    best = fastest(rows_out, 3)
     print_table("the three fastest of each product", best, console)
     write_results(args.out, "engine_tiles", best, machine("cuda"))
 

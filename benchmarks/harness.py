@@ -173,8 +173,10 @@ def time_methods(
     timings = {name: Timing() for name in methods}
     with progress_bar(console) as bar:
         task = bar.add_task("timing", total=repeats * len(prompts) * len(methods))
+        longest = max(prompts, key=lambda prompt: len(prompt[1]))  # on CUDA it makes the room and graphs for all
         for method in methods.values():
             method(prompts[0])
+            method(longest)
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 order = list(methods)

@@ -24,7 +24,8 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
     (row,) = rows
     row.open_round()
     if row.limit == 0:
-        session.open(row.pending, session.lm.n_layers)
+        if not session.depth[0]:  # else the last step began it
+            session.open(row.pending, session.lm.n_layers)
     else:
         path = row.control.path(row.round)
         session.open(row.pending, path[0])
@@ -33,14 +34,19 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
         while more:
             path, more = _draft(session, row, path, sampling, lap)
     drafts = len(row.round.drafts)
-    session.verify(() if sampling.greedy else row.draws.peek(drafts + 1), sampling)
+    uniforms = () if sampling.greedy else row.draws.peek(drafts + 1)
+    session.verify(uniforms, sampling, doubts=row.trace is not None)
+    ahead = row.control.cap == 0 and len(row.tokens) + 1 < row.budget  # plain steps: what comes next is known
+    if ahead:
+        session.open_ahead()
     accepted, token, doubts = session.verified()
     row.draws.count += 0 if sampling.greedy else min(accepted + 1, drafts) + 1
     settle(session.lm, row, (accepted, token), doubts)
     kept = row.round.accepted + 1
     if row.control.taps:
         row.round.studied = row.control.study(session.tapped_states(0, kept), session.lm)
-    session.close_round(0, kept)
+    if not ahead:
+        session.close_round(0, kept)
     lap("verification")
 
 

@@ -21,9 +21,6 @@ from torch import Tensor
 
 PROGRAMS = 1024  # most programs whose sums of squares are kept
 BLOCK = 1024  # channels a program of `gain` takes
-# Programmatic dependent launch: a kernel may start while the one before it ends, and waits for it where it must.
-PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-LAUNCH = {"launch_pdl": True} if PDL else {}
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Tiles:
 def tiling(rows: int, outputs: int, inputs: int, gated: bool) -> Tiles:
     """Block sizes as `benchmarks.engine_tiles` found them on an H200, for the shapes of 7B models."""
     if rows == 1:
-        return Tiles(8, 256, 2, 1, False) if gated or outputs > inputs else Tiles(16, 1024, 8, 1, False)
+        return Tiles(4, 1024, 4, 3, False) if gated or outputs > 20_000 else Tiles(8, 512, 2, 3, False)
     return Tiles(64, 128, 4, 3, True) if gated or outputs > inputs else Tiles(32, 256, 4, 5, True)
 
 
@@ -51,22 +48,13 @@ def row_block(rows: int) -> int:
 
 
 @triton.jit
-def wait_for_earlier(PDL: tl.constexpr):
-    """With PDL this kernel was launched while the one before it still ran: wait for its end, and let the next start."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def _linear_kernel(
     x_ptr, squares_ptr, eps_ptr, w_ptr, bias_ptr, out_ptr, gain_ptr, gained_ptr, sums_ptr, state_ptr, K, N, STEPS,
     parts,
     ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     EVEN_K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    DOT: tl.constexpr, OUT_AT_SLOT: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    DOT: tl.constexpr, OUT_AT_SLOT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_earlier(PDL)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     n_mask = n < N
     w_rows = w_ptr + n[:, None].to(tl.int64) * K
@@ -133,9 +121,8 @@ def _linear_kernel(
 @triton.jit
 def _gain_kernel(
     embedding_ptr, tokens_ptr, x_ptr, gain_ptr, gained_ptr, sums_ptr, state_ptr, H,
-    ROWS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, EMBED: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, EMBED: tl.constexpr,
 ):  # fmt: skip
-    wait_for_earlier(PDL)
     slot = tl.load(state_ptr + 1)
     m, h = tl.arange(0, BM), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (m < ROWS)[:, None] & (h < H)[None, :]
@@ -180,7 +167,7 @@ def gain(hidden: Tensor, norm: Tensor, out: Gained, state: Tensor, embed: tuple[
     out.parts = triton.cdiv(size, BLOCK)
     _gain_kernel[(out.parts,)](
         embedding, tokens, hidden, norm, out.x, out.squares, state, size,
-        ROWS=out.rows, BM=row_block(out.rows), BLOCK=BLOCK, EMBED=embed is not None, PDL=PDL, num_warps=4, **LAUNCH,
+        ROWS=out.rows, BM=row_block(out.rows), BLOCK=BLOCK, EMBED=embed is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -210,7 +197,8 @@ def linear(
     """
     inputs, outputs = weight.shape[0], out.shape[-1]
     tiles = tiles or tiling(rows, outputs, inputs, gated)
-    block_k = min(tiles.k, triton.next_power_of_2(inputs))
+    # Tiles are of 2-byte numbers: of wider ones half as many fit.
+    block_k = min(tiles.k * 2 // weight.dtype.itemsize, triton.next_power_of_2(inputs))
     programs = triton.cdiv(outputs, tiles.n)
     scaled = isinstance(x, Gained)
     source, squares, parts = (x.x, x.squares, x.parts) if isinstance(x, Gained) else (x, state, 0)
@@ -224,6 +212,6 @@ def linear(
     parts,
         ROWS=rows, BM=row_block(rows) if tiles.dot else 1, BN=tiles.n, BK=block_k, STAGES=tiles.stages,
         EVEN_K=inputs % block_k == 0, SCALED=scaled, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
-        DOT=tiles.dot, OUT_AT_SLOT=out_at_slot, PARTS=triton.next_power_of_2(max(parts, 1)), PDL=PDL,
-        num_warps=tiles.warps, **LAUNCH,
+        DOT=tiles.dot, OUT_AT_SLOT=out_at_slot, PARTS=triton.next_power_of_2(max(parts, 1)),
+        num_warps=tiles.warps,
     )  # fmt: skip

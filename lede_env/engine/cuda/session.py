@@ -43,8 +43,8 @@ def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> Gra
 class GraphSession(Session):
     """As `Session` with one row, its layers, heads and draws on captured graphs.
 
-    `hidden[0]` are the open slots. Segments run one row, or `width` of them from the open slot on: padding costs nothing
-    where reading the weights does.
+    `hidden[0]` are the open slots. Segments run one row, or `width` of them from the open slot on: padding costs
+    nothing where reading the weights does.
     """
 
     SLACK = 2
@@ -90,6 +90,12 @@ class GraphSession(Session):
         """Begin a round: slot 0 holds the pending token; run it through layers 1..goal."""
         self._enter(goal, token)
 
+    def open_ahead(self) -> None:
+        """After `verify` of a plain step and before `verified`: close its round, and begin the next with the token
+        that is still on the device, at full depth."""
+        self.close_round(0, 1)
+        self._enter(self.lm.n_layers, -1)
+
     def extend(self, goal: int) -> None:
         """Open the next slot with the token just drawn, still on the device, and run it through layers 1..goal."""
         self._enter(goal, -1)
@@ -117,21 +123,24 @@ class GraphSession(Session):
         self._ready.synchronize()
         return self._out_host.tolist()
 
-    def verify(self, uniforms: Sequence[float], sampling: Sampling) -> None:
-        """Run every open slot to full depth and settle the drafts, with a uniform number each and one more."""
+    def verify(self, uniforms: Sequence[float], sampling: Sampling, doubts: bool) -> None:
+        """Run every open slot to full depth and settle the drafts, with a uniform number each and one more.
+
+        doubts: whether `verified` is to tell -log p_max.
+        """
         self.advance([0], [self.lm.n_layers])
         drafts = len(self.depth[0]) - 1
         rows = self.width if drafts else 1
-        key, body = ("verify", rows, sampling), lambda: self._verify(rows, sampling)
+        key, body = ("verify", rows, sampling, doubts), lambda: self._verify(rows, sampling, doubts)
         self._replay(key, body, slot=0, drafts=drafts, uniforms=uniforms)
         self._verdict_host.copy_(self._verdict, non_blocking=True)
         self._ready.record()
 
     def verified(self) -> tuple[int, int, list[float]]:
-        """Wait for `verify`: drafts accepted, the token after them, and -log p_max of each open slot."""
+        """Wait for `verify`: drafts accepted, the token after them, and -log p_max of each slot."""
         self._ready.synchronize()
         accepted, token, *doubts = self._verdict_host.tolist()
-        return int(accepted), int(token), doubts[: len(self.depth[0])]
+        return int(accepted), int(token), doubts
 
     # Moving slots: what `Session.advance` calls.
 
@@ -188,25 +197,38 @@ class GraphSession(Session):
         self._out[TOKEN : TOKEN + 1] = token
         self._out[TOKEN_LOGIT : TOKEN_LOGIT + 1] = logits[0].gather(0, token)
 
-    def _verify(self, rows: int, sampling: Sampling) -> None:
+    def _verify(self, rows: int, sampling: Sampling, doubts: bool) -> None:
         """As `greedy_match` and `speculative_match` settle a round, without asking the host."""
         self._head(self._logits, rows)
-        logits, drafts, place = self._logits[:rows], self._state[4], self._offsets[:rows]
-        tokens, open_ = self._tokens[1 : rows + 1], place < drafts
-        if sampling.greedy:
-            targets = logits.argmax(-1)
-            accepted = ((tokens == targets) & open_).long().cumprod(0).sum()
-            following = targets.gather(0, accepted[None])
-        else:
-            p, q = sampling.probabilities(logits), sampling.probabilities(self._draft_logits[:rows])
-            p_x, q_x = (each.gather(1, tokens[:, None])[:, 0].double() for each in (p, q))
-            accepted = ((self._uniforms[:rows] * q_x < p_x) & open_).long().cumprod(0).sum()
-            after = torch.minimum(accepted + 1, drafts)  # numbers used so far
-            drawn_from = torch.where(accepted < drafts, q.index_select(0, accepted[None]), 0.0)
-            weights = residual(p.index_select(0, accepted[None]), drawn_from)
-            following = draw(weights, self._uniforms.index_select(0, after[None]))
+        logits = self._logits[:rows]
+        accepted, following = (self._match if sampling.greedy else self._speculate)(logits, sampling)
+        self._tokens[:1] = following  # the next round's pending token
         self._verdict[:1], self._verdict[1:2] = accepted, following
-        self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
+        if doubts:
+            self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
+
+    def _match(self, logits: Tensor, _: Sampling) -> tuple[Tensor | int, Tensor]:
+        """Drafts equal to the most probable tokens of (rows, V) logits, and the token after them, (1,)."""
+        targets, rows = logits.argmax(-1), len(logits)
+        if rows == 1:
+            return 0, targets
+        made = self._offsets[:rows] < self._state[4]
+        accepted = ((self._tokens[1 : rows + 1] == targets) & made).long().cumprod(0).sum()
+        return accepted, targets.gather(0, accepted[None])
+
+    def _speculate(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor | int, Tensor]:
+        """Drafts that speculative sampling accepts, and the token after them, (1,)."""
+        p, rows, drafts = sampling.probabilities(logits), len(logits), self._state[4]
+        if rows == 1:
+            return 0, draw(p, self._uniforms[:1])
+        q, tokens = sampling.probabilities(self._draft_logits[:rows]), self._tokens[1 : rows + 1, None]
+        p_x, q_x = p.gather(1, tokens)[:, 0].double(), q.gather(1, tokens)[:, 0].double()
+        made = self._offsets[:rows] < drafts
+        accepted = ((self._uniforms[:rows] * q_x < p_x) & made).long().cumprod(0).sum()
+        after = torch.minimum(accepted + 1, drafts)  # numbers used so far
+        drawn_from = torch.where(accepted < drafts, q.index_select(0, accepted[None]), 0.0)
+        weights = residual(p.index_select(0, accepted[None]), drawn_from)
+        return accepted, draw(weights, self._uniforms.index_select(0, after[None]))
 
     def _replay(
         self,
