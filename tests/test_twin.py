@@ -30,12 +30,12 @@ IDS = [1, 5, 9, 3, 60, 17, 5, 9, 44, 2, 8]
 
 
 def reduced(name, donor_hidden=16):
-    """A model of the zoo with all its layers and heads, and every width as many times a small donor's as it is a
-    multiple of the embedded model's."""
+    """A model of the zoo with all its layers and heads, as many times wider than a small donor as it is wider than the
+    embedded model; with fewer neurons."""
     spec, tiny = MODELS[name], MODELS["tiny"]
     share = donor_hidden / tiny.hidden
-    sizes = {size: round(getattr(spec, size) * share) for size in ("hidden", "head_dim", "mlp", "vocab")}
-    return replace(spec, **sizes, context=64)
+    sizes = {size: round(getattr(spec, size) * share) for size in ("hidden", "head_dim", "vocab")}
+    return replace(spec, **sizes, mlp=spec.mlp // 64, context=64)
 
 
 @pytest.fixture(scope="module")
