@@ -236,7 +236,7 @@ def written(donor, tmp_path_factory):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("written") / "any name"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(twin, "SHARD", 2**24)
+                patch.setattr(twin, "SHARD", 2**22)
                 write_twin(reduced(name), donor, made[name], CPU, torch.float32)
         return made[name]
 
