@@ -163,6 +163,8 @@ def test_only_the_papers_models_have_twins(name):
 
 def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(assembly, "_free_memory", lambda device: 20 * 10**9)
+    with pytest.raises(lede_env.LedeError, match=r"llama2-7b-twin takes.*LEDE-Llama2-7B-Twin-v0 .* backend='trace'"):
+        gym.make("LEDE-Llama2-7B-Twin-v0", device="cpu")
     with pytest.raises(lede_env.LedeError, match=r"llama2-7b-twin takes 27\.0 GB in float32, but cpu has 20\.0"):
         load_model("llama2-7b", weights="twin", device="cpu")
 
