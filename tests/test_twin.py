@@ -30,12 +30,12 @@ IDS = [1, 5, 9, 3, 60, 17, 5, 9, 44, 2, 8]
 
 
 def reduced(name, donor_hidden=16):
-    """A model of the zoo with all its layers and heads, and every width as many times a small donor's as it is a
-    multiple of the embedded model's."""
+    """A model of the zoo with all its layers and heads, as many times wider than a small donor as it is wider than the
+    embedded model; with fewer neurons."""
     spec, tiny = MODELS[name], MODELS["tiny"]
     share = donor_hidden / tiny.hidden
-    sizes = {size: round(getattr(spec, size) * share) for size in ("hidden", "head_dim", "mlp", "vocab")}
-    return replace(spec, **sizes, context=64)
+    sizes = {size: round(getattr(spec, size) * share) for size in ("hidden", "head_dim", "vocab")}
+    return replace(spec, **sizes, mlp=spec.mlp // 64, context=64)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,8 @@ def test_only_the_papers_models_have_twins(name):
 
 def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(assembly, "_free_memory", lambda device: 20 * 10**9)
+    with pytest.raises(lede_env.LedeError, match=r"llama2-7b-twin takes.*LEDE-Llama2-7B-Twin-v0 .* backend='trace'"):
+        gym.make("LEDE-Llama2-7B-Twin-v0", device="cpu")
     with pytest.raises(lede_env.LedeError, match=r"llama2-7b-twin takes 27\.0 GB in float32, but cpu has 20\.0"):
         load_model("llama2-7b", weights="twin", device="cpu")
 
@@ -236,7 +238,7 @@ def written(donor, tmp_path_factory):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("written") / "any name"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(twin, "SHARD", 2**24)
+                patch.setattr(twin, "SHARD", 2**22)
                 write_twin(reduced(name), donor, made[name], CPU, torch.float32)
         return made[name]
 

@@ -94,11 +94,11 @@ def load_weights(config: ExitConfig) -> LayeredLM:
         LedeError: it is not to be had; the message says what can be done about it.
     """
     spec = find_spec(str(config.model))
-    if spec is None or spec.hub_id is None or config.weights == "twin":
+    if spec is None or spec.hub_id is None:
         return load_model(config.model, weights=config.weights, device=config.device, dtype=config.dtype)
     resolve_dtype(config.dtype, resolve_device(config.device))  # so that what follows is about the weights
     try:
-        return load_model(config.model, device=config.device, dtype=config.dtype)
+        return load_model(config.model, weights=config.weights, device=config.device, dtype=config.dtype)
     except LedeError as error:
         twins = " or ".join(ids_of(spec.name, "twin"))
         raise LedeError(

@@ -19,6 +19,12 @@ How the donor, of hidden size d, lies in the target, of hidden size H:
 - Vocabulary: tokens 0..v-1; the head puts the others far below, by the constant channel.
 
 Whatever cannot reach the result is small random values, for zeros change a GPU's power draw.
+
+In float32 the logits at the donor's layers are the donor's to 1e-4. In bfloat16 a twin is as far from the float32 donor
+as the bfloat16 donor is: on 668 positions of test prompts (twins of 1024 and 1280 channels, with heads of 64 and 128,
+products accumulated in float32 on a CPU) its most probable token at full depth was the float32 donor's at 98.4 to
+99.1 % of them, the bfloat16 donor's at 98.8 %; with the bfloat16 donor it agreed at 98.5 to 99.3 %. Moving the queries'
+sqrt(2), the one scale that is not exact, into the rotation made no difference beyond chance.
 """
 
 from __future__ import annotations
