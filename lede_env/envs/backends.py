@@ -65,7 +65,7 @@ class LiveBackend:
         self.drafts = np.zeros((size, n), np.int64)
         self.targets = np.zeros(size, np.int64)
         self.ends = np.zeros(size, bool)  # the target is an EOS
-        self.numbers = np.zeros((size, n), np.int64)  # see `number_cells`
+        self.numbers = np.zeros((size, n), np.int16)  # see `number_cells`
         self.known = np.zeros(lanes, np.int64)  # positions computed so far, a lane
         self._pending = [0] * lanes
         self._done = [True] * lanes

@@ -13,7 +13,6 @@ from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features
 from lede_env.envs.trace_backend import TraceBackend
 from lede_env.errors import LedeError
 
-ENDLESS = 2**15 - 1  # more tokens than a round can emit: no EOS in sight
 PART = 1 << 16  # cells handled together while building: bounds the memory that takes
 
 
@@ -50,9 +49,10 @@ class DraftTraceBackend(TraceBackend):
             )
         self.cap, self._width = cap, len(trace.header.candidate_layers)
         self.signals = np.concatenate([self.observations.reshape(-1, len(features)), self._branch_signals()])
-        self.after = self._edges()  # (nodes,) int64
+        self.after = self._edges()  # (nodes,) int32
+        # Small types: thousands of lanes read from all over the tables, which had better fit the processor's cache.
         self.run = _runs(trace, cap).reshape(-1)  # (cells,) drafts in a row that are right, from here, at most cap
-        self.left = np.repeat(_tokens_left(trace), self._width)  # (cells,) tokens until the EOS, itself included
+        self.left = np.repeat(_tokens_left(trace, cap + 2), self._width)  # (cells,) tokens until the EOS, included
         self._position = np.arange(-1, cap) / cap  # by draft number
         self._column = {name: features.index(name) for name in ("trace", "phase", "position") if name in features}
         self._traces = self._draft_traces() if "trace" in features else np.zeros(0)  # (cells * cap,) float32
@@ -107,7 +107,7 @@ class DraftTraceBackend(TraceBackend):
         )
 
     def _edges(self) -> np.ndarray:
-        """(nodes,) int64: the node of the draft that follows, -1 where none can."""
+        """(nodes,) int32: the node of the draft that follows, -1 where none can."""
         trace, cells = self.trace, self.trace.accepted.size
         last = np.zeros(len(trace.targets), bool)
         last[trace.starts[1:] - 1] = True  # the row of an EOS, or the last one recorded
@@ -115,7 +115,7 @@ class DraftTraceBackend(TraceBackend):
         wrong = np.where(trace.branch >= 0, cells + trace.branch_starts[trace.branch], -1)
         within = cells + 1 + np.arange(len(trace.branch_tokens))
         within[trace.branch_starts[1:] - 1] = -1
-        return np.concatenate([np.where(trace.accepted, right, wrong).reshape(-1), within])
+        return np.concatenate([np.where(trace.accepted, right, wrong).reshape(-1), within]).astype(np.int32)
 
     def _draft_traces(self) -> np.ndarray:
         """(cells * cap,) the `trace` feature of draft k of a round, at cell * cap + k - 1: the mean over a window of
@@ -141,9 +141,9 @@ class DraftTraceBackend(TraceBackend):
 
 
 def _runs(trace: Trace, cap: int) -> np.ndarray:
-    """(N, C) int64: how many drafts of a round from this row on are right in a row, at most `cap`."""
-    accepted = trace.accepted.astype(np.int64)
-    goes_on = np.ones((len(accepted), 1), np.int64)
+    """(N, C) int8: how many drafts of a round from this row on are right in a row, at most `cap`."""
+    accepted = trace.accepted.astype(np.int8)
+    goes_on = np.ones((len(accepted), 1), np.int8)
     goes_on[trace.starts[1:] - 1] = 0  # the next row is another text's
     run = accepted
     for _ in range(cap - 1):
@@ -151,8 +151,8 @@ def _runs(trace: Trace, cap: int) -> np.ndarray:
     return run
 
 
-def _tokens_left(trace: Trace) -> np.ndarray:
-    """(N,) int64: tokens from this row to the EOS, itself included; ENDLESS where the text has none."""
+def _tokens_left(trace: Trace, far: int) -> np.ndarray:
+    """(N,) int8: tokens from this row to the EOS, itself included; `far` where there are as many or no EOS."""
     ends = np.repeat(trace.starts[1:], np.diff(trace.starts))  # (N,) end of the row's text
-    left = np.minimum(ends - np.arange(len(ends)), ENDLESS)
-    return np.where(trace.ends[ends - 1], left, ENDLESS)
+    left = np.minimum(ends - np.arange(len(ends)), far)
+    return np.where(trace.ends[ends - 1], left, far).astype(np.int8)

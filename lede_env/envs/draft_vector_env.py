@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 
 from lede_env.envs.draft_config import DraftConfig
 from lede_env.envs.draft_mdp import make_draft_mdp
-from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked
+from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked, select
 
 
 class SpeculativeDraftVectorEnv(TextVectorEnv):
@@ -67,9 +67,9 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         first, others = self._table.cell(ALL, self._token), ~who
         self._candidate *= others
         self._decisions *= others
-        self._draft = np.where(who, 1, self._draft)
-        self._cell = np.where(who, first, self._cell)
-        self._node = np.where(who, first, self._node)
+        self._draft = select(who, 1, self._draft)
+        self._cell = select(who, first, self._cell)
+        self._node = select(who, first, self._node)
 
     def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
         exits, first = exits & awake, self._draft == 1
@@ -83,7 +83,7 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
         self._draft += drafting
         self._candidate += walking
         self._cell += walking
-        self._node = np.where(drafting, after, self._node + walking)
+        self._node = select(drafting, after, self._node + walking)
         self._table.move(walking, drafting)
         full = (self._table.after.take(self._node, mode="clip") < 0) | (self._draft >= limit)
         drawn = ~first | drafting | (self._candidate == self._last)
@@ -120,7 +120,7 @@ class SpeculativeDraftVectorEnv(TextVectorEnv):
             "reward_terms": masked(dict(zip(mdp.reward.terms, values, strict=True)), self._everyone),
         }
         of_round = {
-            "exit_layer": np.where(who, self._layers.take(candidate), -1),
+            "exit_layer": select(who, self._layers.take(candidate), -1),
             "drafted": drafted + missing,
             "accepted": accepted + missing,
             "emitted": emitted + missing,

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.exit_outcomes import EXITING, Outcomes
-from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked
+from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked, select
 
 
 class SpeculativeExitVectorEnv(TextVectorEnv):
@@ -76,8 +76,8 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         row = table.base + self._token
         of_exit = {
             "exit_layer": outcomes.exit_layer.take(number),
-            "draft_token": np.where(left, table.drafts.reshape(-1).take(cell, mode="clip"), -1),
-            "target_token": np.where(left, table.targets.take(row, mode="clip"), -1),
+            "draft_token": select(left, table.drafts.reshape(-1).take(cell, mode="clip"), -1),
+            "target_token": select(left, table.targets.take(row, mode="clip"), -1),
             "accepted": outcomes.accepted.take(number),
         }
         self._token = self._token + left

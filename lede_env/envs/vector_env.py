@@ -166,6 +166,11 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return observations, played.rewards, terminated, played.truncated, self._infos() | played.info | final
 
 
+def select(mask: np.ndarray, one: Any, other: Any) -> np.ndarray:
+    """`np.where` for integers, by arithmetic: without branches, which a mask like a coin's makes four times as slow."""
+    return other + (one - other) * mask
+
+
 def check_num_envs(num_envs: Any) -> None:
     if not isinstance(num_envs, Integral) or isinstance(num_envs, bool) or num_envs < 1:
         raise LedeError(f"num_envs={num_envs!r} must be a whole number, at least 1")
