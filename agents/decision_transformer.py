@@ -17,6 +17,7 @@ from lede_env.errors import LedeError
 from lede_env.oracles import DraftTable, ExitTable
 from lede_env.policies import EXIT
 
+PART = 512  # walks decided together
 TARGETS = (0.5, 1.0, 1.5, 2.0)  # returns of a token to ask for; the best on the validation prompts is kept
 
 
@@ -35,22 +36,29 @@ class WalkPolicy:
         if not isinstance(table, ExitTable):
             raise LedeError("the decision transformer walks the exit MDP's tokens; choose a dataset of that MDP")
         there, candidates = table.texts.there, table.chance.shape[-1]
-        seen = self.task.select(
-            table.backend.observations[table.texts.rows[there]], table.backend.features
-        )  # (n, C, F)
+        seen = table.backend.observations[table.texts.rows[there]]  # (n, C, all features)
         mean, std = self.task.normaliser
-        x = torch.from_numpy((seen - mean) / std)
+        x = torch.from_numpy((self.task.select(seen, table.backend.features) - mean) / std)
         left = torch.from_numpy(self.target - table.mdp.reward.continue_ * np.arange(candidates, dtype=np.float32))
-        exits = np.zeros(table.chance.shape)
         model = self.algorithm.impl.modules.transformer.eval()
+        exits = np.ones((len(x), candidates))  # once it has left, whatever
+        walking = torch.arange(len(x))
         for candidate in range(candidates):
-            shape = (len(x), candidate + 1)
-            returns = left[: candidate + 1].expand(shape)[..., None]
-            steps = torch.arange(1, candidate + 2).expand(shape)
-            with torch.inference_mode():
-                _, logits = model(x[:, : candidate + 1], torch.zeros(*shape, 1), returns, steps, torch.zeros(shape))
-            exits[there, candidate] = (logits[:, -1].argmax(-1) == EXIT).numpy()
-        return exits
+            leaves = []
+            for rows in walking.split(PART):
+                shape = (len(rows), candidate + 1)
+                returns = left[: candidate + 1].expand(shape)[..., None]
+                steps = torch.arange(1, candidate + 2).expand(shape)
+                walk = x[rows, : candidate + 1]
+                with torch.inference_mode():
+                    _, logits = model(walk, torch.zeros(*shape, 1), returns, steps, torch.zeros(shape))
+                leaves.append(logits[:, -1].argmax(-1) == EXIT)
+            left_here = torch.cat(leaves) if leaves else torch.zeros(0, dtype=torch.bool)
+            exits[walking, candidate] = left_here.numpy()
+            walking = walking[~left_here]
+        decisions = np.zeros(table.chance.shape)
+        decisions[there] = exits
+        return decisions
 
 
 class DecisionTransformer:
