@@ -25,7 +25,10 @@ BATCH = 256  # transitions an update, for all agents that do not say otherwise
 
 
 class Agent(Protocol):
-    """A way to learn a policy. `Agent(**settings)` makes one; the leaderboard tries each of `grid` on validation."""
+    """A way to learn a policy. `Agent(**settings)` makes one; the leaderboard tries each of `grid` on validation.
+
+    It may also say that it is `deterministic` (all seeds are one), and which features it `needs` to make any sense.
+    """
 
     learns_from: str  # "data": the task's dataset; "trace": what would have come of every decision; "play": itself
     grid: tuple[dict[str, Any], ...]  # settings to choose from; ({},) where there is nothing to choose

@@ -29,11 +29,11 @@ class Args:
     """Train policies, evaluate them by FQE on the data they were trained on, and exactly on the trace."""
 
     datasets: tuple[str, ...] = ("tiny/mixed-v0", "tiny/medium-replay-v0", "tiny/random-v0", "tiny/expert-v0")
-    agents: tuple[str, ...] = ("DQN", "CQL", "BC")  # classes of agents.d3rlpy_offline
+    agents: tuple[str, ...] = ("DQN", "BC")  # classes of agents.d3rlpy_offline
     features: str = "extended"
     seeds: int = 3
-    updates: int = 500  # of a training, batches of 256
-    fqe_updates: int = 1000
+    updates: int = 400  # of a training, batches of 256
+    fqe_updates: int = 600
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     out: Path = RESULTS / "offline_rl"
 

@@ -55,10 +55,11 @@ V0 = {"k": signals.CONFIDENCE_K, "w": signals.TRACE_WINDOW, "depth": 1.0, "rejec
 class Args:
     """Sweep the constants."""
 
-    datasets: tuple[str, ...] = ("tiny/random-v0", "tiny/medium-replay-v0")  # of the agent's constants
-    episodes: int = 200  # of random play, for each of the problem's constants
+    datasets: tuple[str, ...] = ("tiny/medium-replay-v0", "tiny/random-v0")  # of the agent's constants
+    features: str = "paper"  # what the policies observe
+    episodes: int = 100  # of random play, for each of the problem's constants
     seeds: int = 3
-    updates: int = 500  # of a training, in batches of 256: eight times as many of 32
+    updates: int = 400  # of a training, in batches of 256: eight times as many of 32
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     runs: Path = Path("runs/nstep_sweep")  # finished runs of the agent's constants
     out: Path = RESULTS / "nstep_sweep"
@@ -80,35 +81,35 @@ def sweep_agent(args: Args, console: Console) -> list[dict[str, Any]]:
     """A row a value of a constant, the others at their defaults."""
     trials = [(name, value) for name, values in AGENT.items() for value in values]
     runs = [
-        Run("nstep", "agents.nstep_dqn:NStepDQN", {name: value}, dataset, features, seed, args.updates)
+        Run("nstep", "agents.nstep_dqn:NStepDQN", {name: value}, dataset, args.features, seed, args.updates)
         for name, value in trials
         for dataset in args.datasets
-        for features in ("paper", "extended")
         for seed in range(1, args.seeds + 1)
     ]
     with progress_bar(console) as bar:
         task = bar.add_task("the agent's constants", total=len(runs))
         results = execute_all(runs, args.runs, args.workers, lambda: bar.advance(task))
     scores = np.array([r["validation"]["normalised_score"] for r in results]).reshape(len(trials), -1, args.seeds)
-    columns = [f"{dataset} {features}" for dataset in args.datasets for features in ("paper", "extended")]
     return [
-        {"constant": name, "value": value, "default": "yes" if value == getattr(nstep_dqn.Args, name) else "",
-         "mean": float(own.mean()), **{c: spread(row) for c, row in zip(columns, own, strict=True)}}
-        for (name, value), own in zip(trials, scores, strict=True)
+        {"constant": constant, "value": value, "default": "yes" if value == getattr(nstep_dqn.Args, constant) else "",
+         "mean": float(own.mean()), **{name: spread(row) for name, row in zip(args.datasets, own, strict=True)}}
+        for (constant, value), own in zip(trials, scores, strict=True)
     ]  # fmt: skip
 
 
 def sweep_problem(args: Args, console: Console) -> list[dict[str, Any]]:
     """A row a value of a constant, the others as v0 has them."""
-    trials = [(name, value) for name, values in PROBLEM.items() for value in values]
-    jobs = [({**V0, name: value}, seed, args) for name, value in trials for seed in range(1, args.seeds + 1)]
+    trials = [(name, value, {**V0, name: value}) for name, values in PROBLEM.items() for value in values]
+    different = [dict(pairs) for pairs in dict.fromkeys(tuple(constants.items()) for _, _, constants in trials)]
+    jobs = [(constants, seed, args) for constants in different for seed in range(1, args.seeds + 1)]
     with progress_bar(console) as bar, pool(args.workers) as processes:
         found = list(bar.track(processes.imap(speedup, jobs), len(jobs), description="the problem's constants"))
-    speedups = np.array(found).reshape(len(trials), args.seeds)
+    speedups = np.array(found).reshape(len(different), args.seeds)
     return [
-        {"constant": name, "value": value, "v0": "yes" if value == V0[name] else "", "speedup": spread(own, 3)}
-        for (name, value), own in zip(trials, speedups, strict=True)
-    ]
+        {"constant": name, "value": value, "v0": "yes" if value == V0[name] else "",
+         "speedup": spread(speedups[different.index(constants)], 3)}
+        for name, value, constants in trials
+    ]  # fmt: skip
 
 
 def speedup(job: tuple[Mapping[str, Any], int, Args]) -> float:
@@ -119,8 +120,8 @@ def speedup(job: tuple[Mapping[str, Any], int, Args]) -> float:
         log = Path(folder) / "random.h5"
         record("LEDE-Tiny-v0", RandomPolicy(), args.episodes, log, seed=seed, backend="trace", reward_kwargs=kwargs)
         updates = args.updates * BATCH // nstep_dqn.Args.batch_size
-        settings = nstep_dqn.Args(offline=log, out=Path(folder), features="paper", seed=seed, offline_updates=updates)
-        policy = nstep_dqn.train(settings).policy
+        shared: dict[str, Any] = dict(features=args.features, seed=seed, offline_updates=updates)
+        policy = nstep_dqn.train(nstep_dqn.Args(offline=log, out=Path(folder), **shared)).policy
         return float(evaluate(policy, "LEDE-Tiny-Draft-v0", "validation").modelled_speedup or 0.0)
 
 

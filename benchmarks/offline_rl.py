@@ -71,7 +71,7 @@ class Args:
     agents: tuple[str, ...] = tuple(AGENTS)  # rows
     agent: tuple[str, ...] = ()  # more rows: module:Class each
     seeds: int = 5
-    updates: int = 500  # gradient steps of a training, batches of 256
+    updates: int = 400  # gradient steps of a training, batches of 256
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)  # processes, a thread each
     runs: Path = Path("runs/offline_rl")  # every run's result, policy and TensorBoard files
     out: Path = RESULTS / "offline_rl"  # folder of the tables and the figure
