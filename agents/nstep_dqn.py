@@ -2,12 +2,13 @@
 
 1. Explore: 200 episodes by the untrained noisy network, logged to an HDF5 trajectory file.
 2. Learn: replay that file, keep playing, one update every 4 agent steps on 32 replayed transitions.
-   With `--offline FILE`, learn from a trajectory file alone instead.
+   With `--offline FILE`, learn from a trajectory file alone instead; with `--finetune-episodes N` also, then play on.
 
 Every token is a stopping problem of its own: an exit has `discount` 0, so targets never reach beyond it.
 
     python -m agents.nstep_dqn --env-id LEDE-Tiny-v0 --out runs/nstep_dqn
     python -m agents.nstep_dqn --offline runs/nstep_dqn/exploration.h5 --out runs/offline
+    python -m agents.nstep_dqn --offline runs/nstep_dqn/exploration.h5 --finetune-episodes 100 --out runs/both
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from agents.task import BATCH, Board, Task
 from lede_env.cli import clear_errors
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
@@ -42,11 +44,12 @@ class Args:
     offline: Path | None = None  # learn from this trajectory file alone, without an environment
     out: Path = Path("runs/nstep_dqn")  # folder for exploration.h5, history.csv, policy/, TensorBoard's files
     seed: int = 1  # one seed reproduces a run bit for bit on the CPU
-    features: Literal["paper", "extended"] = "extended"  # what the policy observes; the log has all features
+    features: Literal["paper", "extended"] = "extended"  # what the policy observes (in Python also a tuple of names)
 
     exploration_episodes: int = 200  # episodes before any learning (paper: 200)
     online_episodes: int = 200  # episodes played while learning
     offline_updates: int = 20_000  # updates with --offline
+    finetune_episodes: int = 0  # with --offline: episodes of env_id played while learning on, after these updates
 
     # length of the n-step targets (lost). They are not corrected for the policy that collected the data: on
     # random data a large n evaluates random play, and only 1 is unbiased
@@ -65,6 +68,8 @@ class Args:
         for name in (*counts, "update_every", "target_every", "buffer_size"):
             if getattr(self, name) < 1:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.finetune_episodes and not self.offline:
+            raise LedeError("finetune_episodes follow a file; give one as offline, or set online_episodes")
         if not 0.0 <= self.gamma <= 1.0:
             raise LedeError(f"gamma={self.gamma}; expected a number in [0, 1]")
 
@@ -343,41 +348,29 @@ def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) 
         check_env_id(args.env_id)
     args.out.mkdir(parents=True, exist_ok=True)
     history: list[dict[str, Any]] = []
-    board = summary_writer(args.out / "tensorboard")
-    curves = ("return", "acceptance", "exit_layer", "loss")
+    board = Board(args.out / "tensorboard")
     with (args.out / "history.csv").open("w", newline="", buffering=1) as file:
-        table = csv.DictWriter(file, ("episode", "phase", "tokens", *curves, "updates"))
+        columns = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
+        table = csv.DictWriter(file, columns)
         table.writeheader()
 
         def log(**row: Any) -> None:
             row = {"episode": len(history), **row}
             history.append(row)
             table.writerow(row)
-            if board:
-                for name in row.keys() & set(curves):
-                    board.add_scalar(name, row[name], row["episode"])
+            board.add(row["episode"], row)
             if progress:
                 progress(row)
 
         learner, attributes = (learn_offline if args.offline else learn_online)(args, log)
-    if board:
-        board.close()
+    board.close()
     policy = export_policy(learner, attributes)
     policy.save(args.out / "policy")
     return TrainResult(policy, history)
 
 
-def summary_writer(folder: Path) -> Any:
-    """TensorBoard's writer, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder)
-
-
 def learn_offline(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
-    """Learn from `args.offline` alone; returns the learner and the file's attributes."""
+    """Learn from `args.offline`, then play on if that is asked for; returns the learner and the file's attributes."""
     data = read_trajectories(args.offline)
     if not data.n_episodes:
         raise LedeError(f"{args.offline} holds no episodes; go on with its recording by --resume, or give another file")
@@ -386,6 +379,18 @@ def learn_offline(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[s
     while learner.updates < args.offline_updates:
         learner.update(min(args.target_every, args.offline_updates - learner.updates))
         log(phase="offline", loss=float(np.mean(learner.losses)), updates=learner.updates)
+    if args.finetune_episodes:
+        envs = make_player_envs(args.env_id, args.num_envs, **args.env_kwargs)
+        try:
+            here = {**envs.unwrapped.attributes, "features": list(envs.unwrapped.features)}
+            for name in ("mdp", "model_fingerprint", "candidate_layers", "features"):
+                if here[name] != data.attributes[name]:
+                    what = f"{name}={data.attributes[name]}, but {args.env_id} {here[name]}"
+                    raise LedeError(f"{args.offline} has {what}; give the env_id it was logged in")
+            learner.steps = learner.updates * args.update_every  # the schedule goes on from here
+            play_and_learn(learner, envs, data.n_episodes + np.arange(args.finetune_episodes), log)
+        finally:
+            envs.close()
     return learner, data.attributes
 
 
@@ -402,14 +407,38 @@ def learn_online(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[st
                 writer.append(episode)
                 log(phase="explore", **episode_metrics(episode), updates=0)
         learner.start(read_trajectories(path))
-        numbers = args.exploration_episodes + np.arange(args.online_episodes)
-        for _, episode in play(envs, learner.act, numbers, args.seed):
-            learner.remember(episode)
-            loss = float(np.mean(learner.losses or math.nan))
-            log(phase="online", **episode_metrics(episode), loss=loss, updates=learner.updates)
+        play_and_learn(learner, envs, args.exploration_episodes + np.arange(args.online_episodes), log)
     finally:
         envs.close()
     return learner, attributes
+
+
+def play_and_learn(learner: Learner, envs: Any, numbers: Sequence[int], log: Callable[..., None]) -> None:
+    """Play the episodes of these numbers, updating on the way; what ends goes into the replay buffer."""
+    for _, episode in play(envs, learner.act, numbers, learner.args.seed):
+        learner.remember(episode)
+        loss = float(np.mean(learner.losses or math.nan))
+        log(phase="online", **episode_metrics(episode), loss=loss, updates=learner.updates)
+
+
+class NStepDQN:
+    """This agent on the leaderboard: from the file alone, for as many transitions as the other agents."""
+
+    learns_from = "data"
+    grid: tuple[dict[str, Any], ...] = ({"n_step": 1}, {"n_step": 3})
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def train(self, task: Task) -> MLPPolicy:
+        args = Args(features=task.features, seed=task.seed, **self.settings)
+        updates = task.updates * BATCH // args.batch_size
+        learner = Learner(args, task.attributes["features"], task.attributes)
+        learner.start(task.dataset)
+        for part in range(1, 6):
+            learner.update(updates * part // 5 - learner.updates)
+            task.report(learner.updates, export_policy(learner, task.attributes), float(np.mean(learner.losses)))
+        return export_policy(learner, task.attributes)
 
 
 def export_policy(learner: Learner, attributes: Mapping[str, Any]) -> MLPPolicy:
@@ -434,7 +463,8 @@ def main() -> None:
     from rich.progress import Progress
 
     args = tyro.cli(Args)
-    total = args.offline_updates if args.offline else args.exploration_episodes + args.online_episodes
+    episodes = args.exploration_episodes + args.online_episodes
+    total = args.offline_updates if args.offline else episodes
     with Progress() as bar:
         task = bar.add_task("start", total=total)
 

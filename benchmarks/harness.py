@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lede_env.cli import progress_bar
+from lede_env.data.ngrams import repeated_ngrams
 from lede_env.decoding.generate import Generation, generate
 from lede_env.decoding.strategies import Strategy
 from lede_env.engine.acceptance import Sampling, derive_seed
@@ -80,15 +81,6 @@ class Timing:
     def repeated(self) -> float:
         """Share of 8-grams that occurred before in the same text: looping text flatters every method."""
         return repeated_ngrams(list(self.tokens.values()), 8)
-
-
-def repeated_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
-    seen = total = 0
-    for text in texts:
-        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
-        total += len(grams)
-        seen += len(grams) - len(set(grams))
-    return seen / total if total else 0.0
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float | None]:

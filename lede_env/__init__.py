@@ -23,6 +23,8 @@ _PUBLIC = {
     "Del": "lede_env.decoding.strategies",
     "Lede": "lede_env.decoding.strategies",
     "load_policy": "lede_env.policies",
+    "load_dataset": "lede_env.offline.loading",
+    "from_minari": "lede_env.data.exporters",
     "load_prompts": "lede_env.tasks",
     "SpeculativeExitEnv": "lede_env.envs.exit_env",
     "SpeculativeDraftEnv": "lede_env.envs.draft_env",

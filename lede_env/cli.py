@@ -26,6 +26,7 @@ from tyro.conf import Positional
 
 from lede_env.display.terminal import show_stream, summary
 from lede_env.errors import LedeError
+from lede_env.offline.commands import app as dataset_app
 from lede_env.tasks import check_text
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
 app = tyro.extras.SubcommandApp()
+app.command(dataset_app, name="dataset", help="Offline datasets: list, info, make, verify, export.")
 console = Console()
 
 

@@ -9,7 +9,7 @@ too; a resumed file keeps the versions that began it, as provenance.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from operator import itemgetter
@@ -127,7 +127,7 @@ def prompt_of(seed: int, number: int, n_prompts: int) -> int:
 
 def policy_act(policy: ExitPolicy, available: Sequence[str], seed: int) -> Act:
     """Act by a policy's probabilities, with coins keyed by (seed, episode, step)."""
-    from lede_env.engine.acceptance import Draws, derive_seed
+    from lede_env.engine.acceptance import derive_seed, first_uniforms
 
     columns = [list(available).index(name) for name in policy.features]
 
@@ -139,13 +139,8 @@ def policy_act(policy: ExitPolicy, available: Sequence[str], seed: int) -> Act:
                 f"{type(policy).__name__}.exit_probability must return {len(observations)} numbers in [0, 1], one an "
                 f"observation; got {exit_probability!r}"
             )
-        coins = np.array(
-            [
-                Draws(derive_seed(seed, number, 1, step)).next()
-                for number, step in zip(numbers.tolist(), steps.tolist(), strict=True)
-            ]
-        )
-        actions = np.where(coins < exit_probability, EXIT, CONTINUE)
+        keys: Any = derive_seed(seed, *(part.astype(np.uint64) for part in (numbers, np.ones_like(numbers), steps)))
+        actions = np.where(first_uniforms(keys) < exit_probability, EXIT, CONTINUE)
         return actions, np.log(np.where(actions == EXIT, exit_probability, 1.0 - exit_probability))
 
     return act
@@ -215,15 +210,33 @@ def record(
         attributes = run_attributes(
             envs, env_id=env_id, seed=seed, policy=policy_name or repr(policy), policy_digest=policy_digest(policy)
         )
-        with TrajectoryWriter(out, attributes, core.prompt_ids, core.features, resume=resume) as writer:
-            held = writer.episodes
-            tell = (lambda count: progress(held + count)) if progress else None
-            if tell:
-                tell(0)
-            act = policy_act(policy, core.features, seed)
-            for _, episode in play(envs, act, range(held, episodes), seed, finished=tell):
-                writer.append(episode)
-        content = read_trajectories(out, columns=())
-        return content.n_episodes, content.n_rows
+        act = policy_act(policy, core.features, seed)
+        return log_episodes(envs, act, range(episodes), out, attributes, resume=resume, progress=progress)
     finally:
         envs.close()
+
+
+def log_episodes(
+    envs: VectorEnv,
+    act: Act,
+    numbers: range,
+    out: Path,
+    attributes: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, int]:
+    """Play the episodes of these numbers, or those of them that a file to resume lacks, into a trajectory file.
+
+    `attributes` are the file's, with the run's `seed`; progress and result: see `record`.
+    """
+    core: Any = envs.unwrapped
+    with TrajectoryWriter(out, attributes, core.prompt_ids, core.features, resume=resume) as writer:
+        held = writer.episodes
+        tell = (lambda count: progress(held + count)) if progress else None
+        if tell:
+            tell(0)
+        for _, episode in play(envs, act, numbers[held:], attributes["seed"], finished=tell):
+            writer.append(episode)
+    content = read_trajectories(out, columns=())
+    return content.n_episodes, content.n_rows

@@ -85,9 +85,11 @@ def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) ->
         core: Any = envs.unwrapped
         _check_environment(path, data.attributes, core.attributes)
         bounds = np.append(data["episode_starts"], data.n_rows).astype(np.int64)  # (E + 1,)
-        numbers, seed = range(data.n_episodes), _attribute(path, data, "seed", int)
-        for number, played in play(envs, _replay(data["actions"], bounds), numbers, seed):
-            found = _first_difference(data, number, slice(bounds[number], bounds[number + 1]), played)
+        first, seed = data.attributes.get("first_episode", 0), _attribute(path, data, "seed", int)
+        numbers = range(first, first + data.n_episodes)
+        for number, played in play(envs, _replay(data["actions"], bounds, first), numbers, seed):
+            place = number - first
+            found = _first_difference(data, place, slice(bounds[place], bounds[place + 1]), played)
             if found is not None:
                 return _result(path, data, found)
     finally:
@@ -128,11 +130,15 @@ def _check_environment(path: str | os.PathLike, recorded: Mapping[str, Any], now
             )
 
 
-def _replay(actions: np.ndarray, bounds: np.ndarray) -> Act:
-    """Takes the file's actions, (rows,); where an episode goes on longer than in the file, its last one again."""
+def _replay(actions: np.ndarray, bounds: np.ndarray, first: int) -> Act:
+    """Takes the file's actions, (rows,); where an episode goes on longer than in the file, its last one again.
+
+    `first` is the number of the file's first episode.
+    """
 
     def act(observations: np.ndarray, numbers: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.minimum(bounds[numbers] + steps, bounds[numbers + 1] - 1)
+        places = np.maximum(numbers - first, 0)  # -1 where none is played
+        rows = np.minimum(bounds[places] + steps, bounds[places + 1] - 1)
         return actions[rows], np.zeros(len(rows))
 
     return act

@@ -22,6 +22,7 @@ from agents.nstep_dqn import (
     train,
     transitions,
 )
+from agents.task import Board
 from lede_env.data.trajectory_file import TrajectoryWriter, read_trajectories
 from lede_env.errors import LedeError
 from lede_env.policies import load_policy
@@ -106,7 +107,7 @@ def toy_id():
 
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(nstep_dqn, "summary_writer", lambda folder: None)
+    monkeypatch.setattr(nstep_dqn, "Board", lambda folder: Board(None))
 
 
 def toy_args(folder, **changes) -> Args:
@@ -369,7 +370,7 @@ OPTIMUM = (1.75 + 1.45 + 1.15 - 1.1) / 4  # exit as soon as `confidence` says ri
 def finished(tmp_path_factory, toy_id):
     folder, rows = tmp_path_factory.mktemp("dqn"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nstep_dqn, "summary_writer", lambda folder: None)
+        patch.setattr(nstep_dqn, "Board", lambda folder: Board(None))
         result = train(toy_args(folder), progress=rows.append)
     return folder, result, rows
 
@@ -414,6 +415,27 @@ def test_learns_the_toy_offline(finished, tmp_path):
     assert toy_return(result.policy) > OPTIMUM - 0.1
     assert [row["updates"] for row in result.history] == [512, 1024, 1536, 2048, 2500]
     assert result.policy.model_fingerprint == "toy0" and result.policy.candidate_layers == LAYERS
+
+
+def test_goes_on_by_playing_after_the_file(finished, tmp_path):
+    args = Args(offline=finished[0] / "exploration.h5", out=tmp_path, offline_updates=600, n_step=1)
+    tuned = replace(args, env_id="LedeToy-v0", finetune_episodes=30)
+    result = train(tuned)
+    assert [row["phase"] for row in result.history] == ["offline"] * 2 + ["online"] * 30
+    offline, online = result.history[1]["updates"], [row["updates"] for row in result.history[2:]]
+    steps = 30 * 8 * 1.5  # of 30 episodes of 8 tokens, a walk being 1 to 3 decisions
+    assert offline == 600 and online == sorted(online)
+    assert 600 + 0.5 * steps / 4 < online[-1] < 600 + 2 * steps / 4  # one update every 4 steps from there on
+    assert toy_return(result.policy) > toy_return(train(replace(args, offline_updates=1)).policy)
+
+
+def test_playing_on_elsewhere_than_logged_is_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyExit, "attributes", {**ToyExit.attributes, "candidate_layers": [2, 4]})
+    args = Args(offline=finished[0] / "exploration.h5", out=tmp_path, env_id="LedeToy-v0", offline_updates=1)
+    with pytest.raises(LedeError, match=r"candidate_layers=\[2, 4, 6\], but LedeToy-v0 \[2, 4\]"):
+        train(replace(args, finetune_episodes=1))
+    with pytest.raises(LedeError, match="finetune_episodes follow a file"):
+        Args(finetune_episodes=1)
 
 
 def test_declines_at_the_last_candidate_what_is_likely_wrong(finished):

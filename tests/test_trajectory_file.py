@@ -25,8 +25,8 @@ from lede_env.data.trajectory_file import (
     Episode,
     TrajectoryWriter,
     checksum,
-    compress,
     read_trajectories,
+    rewrite,
 )
 from lede_env.errors import LedeError
 
@@ -67,6 +67,10 @@ def record(path, episodes: int, **kwargs) -> None:
     with writer_of(path, resume=True, **kwargs) as writer:
         while writer.episodes < episodes:
             writer.append(make_episode(writer.episodes))
+
+
+def compress(path) -> None:
+    rewrite(path, {}, compressed=True)
 
 
 def expected_arrays(episodes: list[Episode]) -> dict[str, np.ndarray]:

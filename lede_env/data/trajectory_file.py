@@ -282,11 +282,15 @@ class TrajectoryWriter:
             self._lock = None
 
 
-def read_trajectories(path: str | os.PathLike, columns: Sequence[str] | None = None) -> Trajectories:
+def read_trajectories(
+    path: str | os.PathLike, columns: Sequence[str] | None = None, mapped: bool = False
+) -> Trajectories:
     """Reads the committed rows of a file, also of one that is being written.
 
     Args:
         columns: which of COLUMNS to load; all by default. Both episode tables always come along.
+        mapped: leave columns on the disk until they are used, where the file is uncompressed. They stay what they
+            are, whatever becomes of the file's name.
 
     Raises:
         LedeError: an unknown column, or a file that `open_checked` refuses.
@@ -298,22 +302,28 @@ def read_trajectories(path: str | os.PathLike, columns: Sequence[str] | None = N
             raise LedeError(f"unknown column {name!r}; a trajectory file has {', '.join(COLUMNS)}")
     with open_checked(path) as file, read_errors(path):
         rows, episodes = committed(file)
-        arrays = {name: file[name][:rows] for name in names}
+        arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            offset = file[name].id.get_offset() if mapped else None  # None: compressed, or empty
+            shape = (rows, *file[name].shape[1:])
+            arrays[name] = file[name][:rows] if offset is None else np.memmap(path, COLUMNS[name], "r", offset, shape)
         arrays |= {name: file[name][:episodes] for name in TABLES}
         _check_starts(path, arrays["episode_starts"], rows)
         return Trajectories(arrays, decode_attributes(file), read_prompt_ids(file), rows)
 
 
-def compress(path: str | os.PathLike) -> None:
-    """Rewrites a closed file with gzip and byte shuffling, in aligned chunks, and renames it into place."""
+def rewrite(path: str | os.PathLike, attributes: Mapping[str, Any], compressed: bool) -> None:
+    """Makes a closed file anew, with attributes added or replaced, and renames it into place.
+
+    compressed: by gzip and byte shuffling, in aligned chunks: small, but it cannot be memory-mapped.
+    """
     path = Path(path).resolve()
     open_checked(path).close()  # say what is wrong with the file before making a lock beside it
     with locked(path), open_checked(path) as source:
-        counts = committed(source)
-        header = {name: str(value) for name, value in source.attrs.items()}
+        counts, features = committed(source), decode_attributes(source)["features"]
+        header = {name: str(value) for name, value in source.attrs.items()} | encode_attributes(attributes, features)
         with disk_errors(path, counts[1]):
-            n_features = source["observations"].shape[1]
-            build(path, header, read_prompt_ids(source), n_features, counts, source, compressed=True)
+            build(path, header, read_prompt_ids(source), len(features), counts, source, compressed)
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ class Draws:
 
     def _number(self, place: int) -> float:
         return (_mix((self.key + place * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+
+
+def first_uniforms(seeds: np.ndarray) -> np.ndarray:
+    """(N,) uint64 seeds -> (N,) the first number that `Draws` gives for each."""
+    keys = _mix(cast(Any, seeds))  # its arithmetic is elementwise
+    return (_mix(keys + _GOLDEN) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_dtype
 from lede_env.models.zoo import MODELS, ModelSpec, find_spec, twin_name, twin_spec
 from lede_env.registration import ids_of
-from lede_env.tasks import TASKS, load_prompts
+from lede_env.tasks import SPLITS, TASKS, load_prompts
 
 # They say where data comes from, not what it is; or digests and fingerprints say it better.
 _ASIDE = ("model", "weights", "backend", "trace", "device")
@@ -43,6 +43,7 @@ class Source:
     layers: tuple[int, ...]  # candidates
     sampling: Sampling
     table: list[tuple[str, str, str]]  # id, task and digest of the text of every prompt
+    splits: list[str]  # of every prompt
 
     @property
     def n_layers(self) -> int:
@@ -84,7 +85,8 @@ def _live(config: ExitConfig) -> Source:
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
     table = [(prompt.id, prompt.task, text_digest(prompt.text)) for prompt in prompts]
-    return Source(lm, prompts, model, lm.geometry.vocab, layers, _sampling(config), table)
+    splits = [prompt.split for prompt in prompts]
+    return Source(lm, prompts, model, lm.geometry.vocab, layers, _sampling(config), table, splits)
 
 
 def load_weights(config: ExitConfig) -> LayeredLM:
@@ -129,7 +131,9 @@ def _trace(config: ExitConfig) -> Source:
     model = {name: getattr(header, name) for name in ("model_name", "model_fingerprint", "n_layers", "dtype")}
     rows = {row[0]: row for row in zip(trace.prompt_ids, trace.prompt_tasks, trace.prompt_digests, strict=True)}
     table = [rows[prompt_id] for prompt_id in prompt_ids if prompt_id in rows]  # the backend refuses others
-    return Source(trace, prompt_ids, model, vocab, layers, sampling, table)
+    split_of = dict(zip(trace.prompt_ids, trace.prompt_splits, strict=True))
+    splits = [split_of[row[0]] for row in table]
+    return Source(trace, prompt_ids, model, vocab, layers, sampling, table, splits)
 
 
 def _twin_trace(config: ExitConfig, layers: tuple[int, ...]) -> tuple[Trace, int]:
@@ -210,6 +214,7 @@ def attributes_of(
         "features": list(features),
         "reward_kwargs": dict(config.reward_kwargs),
         "prompts_digest": digest(source.table),
+        "prompt_splits": {name: [i for i, split in enumerate(source.splits) if split == name] for name in SPLITS},
         "cost_model_digest": digest(asdict(costs)),
     }
     return {name: value for name, value in asdict(config).items() if name not in _ASIDE} | resolved

@@ -8,18 +8,29 @@ from lede_env.errors import LedeError
 from lede_env.policies.files import SHIPPED, load_policy
 from lede_env.policies.networks import MaskedMLPPolicy, MLPPolicy
 from lede_env.policies.oracle import Oracle
-from lede_env.policies.rules import CONTINUE, EXIT, ExitPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
+from lede_env.policies.rules import (
+    CONTINUE,
+    EXIT,
+    EpsilonGreedy,
+    ExitPolicy,
+    RandomPolicy,
+    StaticPolicy,
+    StaticRounds,
+    ThresholdPolicy,
+)
 
 __all__ = [
     "CONTINUE",
     "EXIT",
     "SHIPPED",
+    "EpsilonGreedy",
     "ExitPolicy",
     "MLPPolicy",
     "MaskedMLPPolicy",
     "Oracle",
     "RandomPolicy",
     "StaticPolicy",
+    "StaticRounds",
     "ThresholdPolicy",
     "check_compatible",
     "load_policy",
@@ -38,13 +49,15 @@ def check_compatible(
 
     A policy trained on the exit MDP also runs on the draft MDP: the paper deploys it so (section 3.3).
     """
+    if isinstance(policy, EpsilonGreedy):
+        policy = policy.policy
     unseen = [name for name in policy.features if name not in features]
     if unseen:
         raise LedeError(
             f"the policy observes {tuple(policy.features)}, but here there is only {tuple(features)}: "
             f"{unseen} missing; pass features='extended' or train a policy on these features"
         )
-    if isinstance(policy, StaticPolicy) and policy.layer not in candidate_layers:
+    if isinstance(policy, StaticPolicy | StaticRounds) and policy.layer not in candidate_layers:
         raise LedeError(
             f"the policy exits at layer {policy.layer}, but the candidate layers here are "
             f"{tuple(candidate_layers)}; choose one of these"

@@ -93,6 +93,52 @@ class ThresholdPolicy:
         return (np.exp(-observations[:, 1]) > limits).astype(np.float64)  # top1 is -log p_max
 
 
+@dataclass(frozen=True)
+class StaticRounds:
+    """Draft MDP: leave at one fixed layer, the first candidate at or above `layer`, and verify `speculation` drafts.
+
+    `cap` is the environment's. One draft can be verified only at the last candidate, to which it walks for that.
+    """
+
+    layer: int
+    speculation: int
+    n_layers: int
+    cap: int
+    features: tuple[str, ...] = field(default=("layer", "position"), init=False)
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.layer < self.n_layers and 1 <= self.speculation <= self.cap):
+            raise LedeError(
+                f"StaticRounds layer={self.layer}, speculation={self.speculation} is out of range; give a layer from 1 "
+                f"to {self.n_layers - 1} and 1 to {self.cap} drafts"
+            )
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        drafts = np.rint(observations[:, 1] * self.cap) + 1  # with the one in view
+        return ((_layers(observations, self.n_layers) >= self.layer) & (drafts < self.speculation)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class EpsilonGreedy:
+    """Another policy, but at a share `epsilon` of the decisions a fair coin: every action has a known probability."""
+
+    policy: ExitPolicy
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise LedeError(f"EpsilonGreedy epsilon={self.epsilon} is not a probability; give a number in [0, 1]")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return self.policy.features
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        # In double precision, so that how many rows are computed together cannot turn a close decision.
+        chosen = self.policy.exit_probability(observations.astype(np.float64))
+        return (1.0 - self.epsilon) * chosen + self.epsilon / 2
+
+
 def _layers(observations: np.ndarray, n_layers: int) -> np.ndarray:
     """The feature `layer` (e / L, column 0) back to layer numbers: (N, F) -> (N,) int."""
     return np.rint(observations[:, 0] * n_layers).astype(np.int64)

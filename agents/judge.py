@@ -1,0 +1,61 @@
+"""Exact scores, over and over: as `lede_env.evaluate`, but what does not depend on the policy is made only once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import gymnasium as gym
+
+from lede_env.evaluation import Evaluation
+from lede_env.oracles import DraftTable, ExitTable, tabulate
+from lede_env.policies import RandomPolicy, check_compatible
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An environment's prompts on its trace, and the ends of its scale."""
+
+    env: Any
+    table: ExitTable | DraftTable
+    J_random: float
+    J_oracle: float
+
+
+def problem(env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Problem:
+    """The problem that an environment poses on the prompts of a split."""
+    return _problem(env_id, split, json.dumps(env_kwargs, sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _problem(env_id: str, split: str, env_kwargs: str) -> Problem:
+    kwargs = {"backend": "trace", **json.loads(env_kwargs), "split": split, "features": "extended"}
+    env: Any = gym.make(env_id, **kwargs).unwrapped
+    table = tabulate(env)
+    random, oracle = table.play(table.decisions(RandomPolicy())), table.oracle()
+    return Problem(env, table, float(random["returns"].mean()), float(oracle["returns"].mean()))
+
+
+def judge(policy: Any, env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Evaluation:
+    """What a policy does on an environment's prompts, exactly.
+
+    One that decides from more than the observation in view has `decisions(table)` instead of `exit_probability`.
+    """
+    task = problem(env_id, split, env_kwargs)
+    if hasattr(policy, "decisions"):
+        exits = policy.decisions(task.table)
+    else:
+        known = task.env.attributes
+        layers, features = known["candidate_layers"], task.env.features
+        check_compatible(policy, known["model_fingerprint"], layers, features, known["mdp"])
+        exits = task.table.decisions(policy)
+    return Evaluation(
+        env_id=env_id,
+        prompt_ids=tuple(task.env.prompt_ids),
+        per_prompt=task.table.play(exits),
+        J_random=task.J_random,
+        J_oracle=task.J_oracle,
+    )

@@ -1,0 +1,218 @@
+"""Datasets in the form of other libraries: d3rlpy, Minari (and back), Stable-Baselines3, RLDS.
+
+`boundary` says where an episode ends for the library that learns. "token" (draft MDP: a round): wherever `discount`
+is 0, as a terminal state, so that nothing is bootstrapped across stopping problems that do not touch each other.
+"prompt": where the text ends, `discount` being ignored; returns are then those of whole prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+
+from lede_env.data.dataset import Dataset
+from lede_env.data.trajectory_layout import COLUMNS, TABLES
+from lede_env.errors import LedeError
+
+if TYPE_CHECKING:
+    from d3rlpy.dataset import ReplayBuffer as D3rlpyBuffer
+    from minari import MinariDataset
+    from stable_baselines3.common.buffers import ReplayBuffer as SB3Buffer
+
+BOUNDARIES = ("token", "prompt")
+# Columns that a Minari episode has in its own way; the others are its infos.
+_MINARI = ("observations", "actions", "rewards", "terminals", "timeouts")
+_ATTRIBUTES = "lede_attributes"  # of a Minari dataset: ours, as JSON
+
+
+def ends_of(dataset: Dataset, boundary: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) booleans: where an episode ends by itself, and where it is cut. What is cut may be bootstrapped from.
+
+    Raises:
+        LedeError: an unknown boundary, or a dataset without episodes.
+    """
+    if boundary not in BOUNDARIES:
+        raise LedeError(f"boundary={boundary!r} is unknown; use one of {', '.join(BOUNDARIES)}")
+    if not dataset.n_episodes:
+        raise LedeError(f"{dataset!r} has nothing to export")
+    terminals, timeouts = dataset["terminals"], dataset["timeouts"]
+    if boundary == "token":
+        terminals = terminals | (dataset["discount"] == 0)
+        timeouts = timeouts & ~terminals
+    return terminals, timeouts
+
+
+def to_d3rlpy(dataset: Dataset, boundary: str = "token") -> D3rlpyBuffer:
+    """As d3rlpy's `MDPDataset`. d3rlpy knows no next observation of an episode's last step, and drops that step where
+    the episode is cut: so a cut one gets one more step, the observation it ended on (action 0, reward 0), which is
+    only ever bootstrapped from.
+
+    Raises:
+        LedeError: an unknown boundary, no episodes, or d3rlpy is not installed.
+    """
+    terminals, timeouts = ends_of(dataset, boundary)
+    with redirect_stderr(StringIO()):  # it imports the old gym, which complains
+        try:
+            from d3rlpy.constants import ActionSpace
+            from d3rlpy.dataset import MDPDataset
+        except ImportError as error:
+            raise LedeError(f"to_d3rlpy needs an extra: pip install 'lede-env[d3rlpy]' ({error})") from error
+    cut = np.flatnonzero(timeouts)
+    finals = dataset["final_observations"][np.searchsorted(dataset.bounds, cut, "right") - 1]  # (cut, F)
+    return MDPDataset(
+        observations=np.insert(dataset["observations"], cut + 1, finals, axis=0),
+        actions=np.insert(dataset["actions"].astype(np.int64), cut + 1, 0)[:, None],
+        rewards=np.insert(dataset["rewards"], cut + 1, 0.0)[:, None],
+        terminals=np.insert(terminals, cut + 1, False).astype(np.float32),
+        timeouts=np.insert(np.zeros(dataset.n_rows, np.float32), cut + 1, 1.0),
+        action_space=ActionSpace.DISCRETE,
+        action_size=2,
+    )
+
+
+def fill_sb3(dataset: Dataset, buffer: SB3Buffer, boundary: str = "token") -> None:
+    """Add every row to a replay buffer of Stable-Baselines3, made for one environment.
+
+    Raises:
+        LedeError: an unknown boundary, no episodes, a buffer for several environments, or one that is too small.
+    """
+    terminals, timeouts = ends_of(dataset, boundary)
+    room = buffer.buffer_size - (0 if buffer.full else buffer.pos)
+    if buffer.n_envs != 1 or room < dataset.n_rows:
+        raise LedeError(
+            f"the buffer has room for {room} transitions of {buffer.n_envs} environments; expected at least "
+            f"{dataset.n_rows} of 1"
+        )
+    rows = zip(
+        dataset["observations"], dataset.next_observations, dataset["actions"], dataset["rewards"],
+        terminals | timeouts, timeouts, strict=True,
+    )  # fmt: skip
+    for observation, following, action, reward, done, cut in rows:
+        infos = [{"TimeLimit.truncated": bool(cut)}]
+        buffer.add(observation[None], following[None], np.array([action]), np.array([reward]), np.array([done]), infos)
+
+
+def to_rlds(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Episodes as RLDS has them (Ramos et al., 2021): `{"steps": {...}, "prompt_id": ...}`.
+
+    steps are arrays (T + 1,): the last one is the observation that the episode ended on, its action, reward and
+    discount being 0. `discount` is ours times 1 - terminal, `is_terminal` is true on that last step of an episode that
+    ended by itself.
+    """
+    for episode in dataset.episodes():
+        n = len(episode)
+        steps = {
+            "observation": np.concatenate([episode.observations, episode.final_observation[None]]),
+            "action": np.append(episode.actions, np.uint8(0)),
+            "reward": np.append(episode.rewards, np.float32(0)),
+            "discount": np.append(episode.discount * ~episode.terminals, np.float32(0)),
+            "is_first": np.arange(n + 1) == 0,
+            "is_last": np.arange(n + 1) == n,
+            "is_terminal": np.append(np.zeros(n, bool), episode.terminals[-1]),
+        }
+        yield {"steps": steps, "prompt_id": dataset.prompt_ids[episode.prompt_id[0]]}
+
+
+def to_minari(dataset: Dataset, dataset_id: str, **about: Any) -> MinariDataset:
+    """Into Minari's local storage, as whole prompts; `minari.load_dataset(dataset_id)` gives it again, in any process,
+    and `recover_environment()` makes its environment.
+
+    Args:
+        dataset_id: as Minari wants it, such as "lede/tiny-random-v0".
+        about: `author`, `description` and so on, of `minari.create_dataset_from_buffers`.
+
+    Raises:
+        LedeError: no episodes, Minari is not installed, or it refuses the id.
+    """
+    minari = _import_minari()
+    env = gym.make(f"lede_env:{dataset.attributes['env_id']}", **_env_kwargs(dataset))
+    buffers = [_minari_buffer(minari, number, episode) for number, episode in enumerate(dataset.episodes())]
+    if not buffers:
+        raise LedeError(f"{dataset!r} has nothing to export")
+    about = {"algorithm_name": str(dataset.attributes.get("policy", "unknown")), **about}
+    try:
+        made = minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about, **_spaces(env))
+    except ValueError as error:
+        raise LedeError(f"Minari does not take {dataset_id!r}: {error}") from error
+    finally:
+        env.close()
+    extra = {**dataset.attributes, "prompt_ids": dataset.prompt_ids}
+    made.storage.update_metadata({_ATTRIBUTES: json.dumps(extra)})
+    return minari.load_dataset(dataset_id)
+
+
+def from_minari(dataset_id: str) -> Dataset:
+    """A dataset that `to_minari` made, as it was.
+
+    Raises:
+        LedeError: Minari is not installed or has no such dataset, or it was not made by `to_minari`.
+    """
+    minari = _import_minari()
+    try:
+        stored = minari.load_dataset(dataset_id)
+    except (FileNotFoundError, ValueError) as error:
+        raise LedeError(f"Minari has no dataset {dataset_id!r} on this machine: {error}") from error
+    if _ATTRIBUTES not in stored.storage.metadata:
+        raise LedeError(f"Minari's dataset {dataset_id!r} was not exported by lede_env; give one that was")
+    attributes = json.loads(stored.storage.metadata[_ATTRIBUTES])
+    episodes = list(stored.iterate_episodes())
+    lengths = np.array([len(episode.actions) for episode in episodes])
+    of_episode = [
+        {
+            "observations": episode.observations[:-1],
+            "actions": episode.actions,
+            "rewards": episode.rewards,
+            "terminals": episode.terminations,
+            "timeouts": episode.truncations,
+            **{name: episode.infos[name][1:] for name in COLUMNS if name not in _MINARI},
+        }
+        for episode in episodes
+    ]
+    arrays = {name: np.concatenate([one[name] for one in of_episode]).astype(COLUMNS[name]) for name in COLUMNS}
+    arrays["episode_starts"] = (np.cumsum(lengths) - lengths).astype(TABLES["episode_starts"])
+    arrays["final_observations"] = np.stack([episode.observations[-1] for episode in episodes])
+    return Dataset(arrays, attributes, attributes.pop("prompt_ids"), int(lengths.sum()))
+
+
+def _import_minari() -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise LedeError(f"Minari's format needs an extra: pip install 'lede-env[minari]' ({error})") from error
+    return minari
+
+
+def _minari_buffer(minari: Any, number: int, episode: Any) -> Any:
+    """T + 1 observations, T of all else; infos have one entry more, which is of the reset and means nothing."""
+    infos = {name: getattr(episode, name) for name in COLUMNS if name not in _MINARI}
+    return minari.data_collector.EpisodeBuffer(
+        id=number,
+        observations=np.concatenate([episode.observations, episode.final_observation[None]]),
+        actions=episode.actions.astype(np.int64),
+        rewards=episode.rewards.astype(np.float64),
+        terminations=episode.terminals,
+        truncations=episode.timeouts,
+        infos={name: np.concatenate([np.zeros_like(values[:1]), values]) for name, values in infos.items()},
+    )
+
+
+def _spaces(env: gym.Env) -> dict[str, Any]:
+    return {"observation_space": env.observation_space, "action_space": env.action_space}
+
+
+def _env_kwargs(dataset: Dataset) -> dict[str, Any]:
+    """The arguments that make the dataset's environment, on the shipped trace."""
+    spec = gym.spec(dataset.attributes["env_id"])
+    known = {name: value for name, value in dataset.attributes.items() if name in spec.kwargs}
+    changed = {name: value for name, value in known.items() if _plain(value) != _plain(spec.kwargs[name])}
+    return {**changed, "features": tuple(dataset.features), "backend": "trace"}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

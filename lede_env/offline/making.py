@@ -1,0 +1,169 @@
+"""Making a dataset by its recipe, and checking that a file is what its environment and its recipe give."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lede_env.data.registry import default_trace, load_trace
+from lede_env.data.trajectory_file import checksum, read_trajectories, rewrite
+from lede_env.errors import LedeError
+from lede_env.offline.tiers import NAMES, Recipe, recipe_of
+from lede_env.policies import Oracle, check_compatible
+from lede_env.recording import Act, log_episodes, make_player_envs, policy_act, policy_digest, run_attributes
+from lede_env.validation import Validation, validate
+
+LANES = 256  # episodes played together
+
+
+def recipe_act(recipe: Recipe, envs: Any) -> Act:
+    """What the behaviours of a recipe do, each in its own episodes."""
+    core = envs.unwrapped
+    if not recipe.behaviours:
+        oracle = Oracle(core)
+        return lambda observations, numbers, steps: (oracle.act(core._infos()), np.zeros(len(numbers)))
+    acts = [policy_act(behaviour, core.features, recipe.seed) for behaviour in recipe.behaviours]
+
+    def act(observations: np.ndarray, numbers: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        turn = numbers // recipe.block % len(acts)
+        actions, logprobs = np.zeros(len(numbers), np.int64), np.zeros(len(numbers))
+        for index, one in enumerate(acts):
+            mine = turn == index
+            if mine.any():
+                actions[mine], logprobs[mine] = one(observations[mine], numbers[mine], steps[mine])
+        return actions, logprobs
+
+    return act
+
+
+def make(
+    recipe: Recipe,
+    out: str | os.PathLike,
+    episodes: int | None = None,
+    *,
+    first: int = 0,
+    resume: bool = False,
+    compressed: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Play a recipe's episodes `first`, `first` + 1, ... into a trajectory file.
+
+    Args:
+        episodes: how many; by default what the recipe says.
+        resume: go on with the file that a killed run left; one that is whole is left as it is.
+        compressed: small; if not, a large file can be memory-mapped.
+        progress: called with the episodes that are over, and how many there will be.
+
+    Raises:
+        LedeError: the file exists and `resume` is off, is of another recipe, or a bad argument.
+        OSError: disk full or the like; what was committed is intact, and `resume` goes on.
+    """
+    out = Path(out)
+    envs = make_player_envs(recipe.problem.env_id, LANES, **recipe.problem.env_kwargs)
+    try:
+        core: Any = envs.unwrapped
+        known = core.attributes
+        for policy in recipe.behaviours:
+            check_compatible(policy, known["model_fingerprint"], known["candidate_layers"], core.features, known["mdp"])
+        count = episodes or default_episodes(recipe)
+        if count < 1 or first < 0:
+            raise LedeError(f"episodes={count} must be at least 1, and first={first} must not be negative")
+        attributes = run_attributes(envs, **_attributes(recipe, first))
+        if resume and is_whole(out):
+            return _whole(out, attributes, count)
+        log_episodes(
+            envs, recipe_act(recipe, envs), range(first, first + count), out, attributes, resume=resume,
+            progress=(lambda done: progress(done, count)) if progress else None,
+        )  # fmt: skip
+    finally:
+        envs.close()
+    rewrite(out, {"checksum": checksum(read_trajectories(out).arrays)}, compressed)
+    return out
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there, and was made to its end."""
+    return path.is_file() and "checksum" in read_trajectories(path, columns=()).attributes
+
+
+def default_episodes(recipe: Recipe) -> int:
+    """How many episodes the dataset of a name has."""
+    return recipe.episodes or len(load_trace(recipe.problem.trace).prompt_ids)
+
+
+def _attributes(recipe: Recipe, first: int) -> dict[str, Any]:
+    """What the file's header says beside the environment."""
+    digests = [policy_digest(behaviour) for behaviour in recipe.behaviours] or ["oracle"]
+    return {
+        "dataset": recipe.name,
+        "env_id": recipe.problem.env_id,
+        "seed": recipe.seed,
+        "policy": recipe.about,
+        "behaviours": list(recipe.labels) or ["oracle"],
+        "behaviour_digests": digests,
+        "block": recipe.block,
+        "first_episode": first,
+        "trace_digest": load_trace(recipe.problem.trace).digest,
+        "confounded": not recipe.behaviours,
+    }
+
+
+def _whole(out: Path, attributes: dict[str, Any], count: int) -> Path:
+    """The finished file, if it is the one asked for."""
+    content = read_trajectories(out, columns=())
+    different = [name for name in ("dataset", "seed", "first_episode", "behaviour_digests", "trace_digest")
+                 if content.attributes.get(name) != attributes[name]]  # fmt: skip
+    if different or content.n_episodes != count:
+        raise LedeError(
+            f"{out} is whole, with {content.n_episodes} episodes, and not the {count} asked for"
+            f"{' (' + ', '.join(different) + ' differ)' if different else ''}; choose another path, or remove it"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of a file. True if all of it holds."""
+
+    replay: Validation  # every transition and reward, against the trace
+    checksum: str  # of the arrays as they are
+    recorded: str | None  # what the file says it is; None: a file that does not say
+    rebuilt: str | None  # that of the file made again by its recipe; None: it has no name
+
+    def __bool__(self) -> bool:
+        return bool(self.replay) and all(other in (None, self.checksum) for other in (self.recorded, self.rebuilt))
+
+    def __str__(self) -> str:
+        lines = [str(self.replay)]
+        for what, other in (("the file's own checksum", self.recorded), ("made again by its recipe", self.rebuilt)):
+            if other is not None:
+                same = "equal" if other == self.checksum else f"{other[:16]}, but the arrays have {self.checksum[:16]}"
+                lines.append(f"{what}: {same}")
+        return "\n".join(lines)
+
+
+def verify(path: str | os.PathLike) -> Verification:
+    """Check a file: its structure, its checksum, by replay on the trace every transition and reward, and if it has a
+    name, that its recipe gives the same arrays, log-probabilities too.
+
+    Raises:
+        LedeError: not a trajectory file, or its environment or its trace is not what it was.
+    """
+    content = read_trajectories(path)
+    said = content.attributes
+    trace = default_trace(said["model_name"], said["temperature"])
+    if said.get("trace_digest", load_trace(trace).digest) != load_trace(trace).digest:
+        raise LedeError(f"{path} was made from another recording of {trace}; make it again by `lede dataset make`")
+    rebuilt = None
+    if said.get("dataset") in NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            again = make(recipe_of(said["dataset"]), Path(folder) / "again.h5", content.n_episodes,
+                         first=said["first_episode"], compressed=False)  # fmt: skip
+            rebuilt = checksum(read_trajectories(again).arrays)
+    return Verification(validate(path, trace), checksum(content.arrays), said.get("checksum"), rebuilt)

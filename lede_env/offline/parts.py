@@ -1,0 +1,117 @@
+"""Large datasets: many workers, a file each, and one index. Workers are Ray's, on this machine or on a cluster.
+
+What an episode is depends on its number alone, so the parts of a dataset are ranges of numbers, and together they hold
+what one process would have written. A worker that dies is replaced: the next one goes on with its part's file, behind
+the last committed episode. `load_dataset(folder)` reads the parts as one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lede_env.data.dataset import Dataset, read_dataset
+from lede_env.data.trajectory_file import read_trajectories
+from lede_env.errors import LedeError
+from lede_env.offline.making import default_episodes, make
+from lede_env.offline.tiers import Recipe
+
+INDEX = "index.json"
+RETRIES = 8  # workers that may die over one part
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's file, as the index lists it."""
+
+    file: str
+    first_episode: int
+    episodes: int
+    rows: int
+    checksum: str
+
+
+def collect(
+    recipe: Recipe,
+    folder: str | os.PathLike,
+    episodes: int | None = None,
+    workers: int = 4,
+    *,
+    gpus_per_worker: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Play a recipe's episodes by `workers` Ray workers into `folder`, which all of them must see; returns the folder.
+
+    Uses the Ray cluster at hand (`ray.init(address=...)` or RAY_ADDRESS), else starts one on this machine. Called
+    again on the same folder, it goes on with what is there.
+
+    Args:
+        progress: called with how many parts are whole, and how many there are.
+
+    Raises:
+        LedeError: Ray is not installed, fewer episodes than workers, or the folder holds another dataset.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise LedeError(f"collecting with workers needs an extra: pip install 'lede-env[ray]' ({error})") from error
+    folder = Path(folder).resolve()
+    count = episodes or default_episodes(recipe)
+    if not 1 <= workers <= count:
+        raise LedeError(f"workers={workers} for {count} episodes; give between 1 and as many workers as episodes")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    play_part = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_retries=RETRIES)(_make_part)
+    bounds = [count * n // workers for n in range(workers + 1)]
+    tasks = [play_part.remote(recipe, folder, n, bounds[n], bounds[n + 1] - bounds[n]) for n in range(workers)]
+    left = tasks
+    while left:
+        _, left = ray.wait(left)
+        if progress:
+            progress(workers - len(left), workers)
+    try:
+        parts = ray.get(tasks)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    write_index(folder, recipe.name, parts)
+    return folder
+
+
+def _make_part(recipe: Recipe, folder: Path, number: int, first: int, episodes: int) -> Part:
+    """A worker's whole work."""
+    path = folder / f"part-{number:04d}.h5"
+    make(recipe, path, episodes, first=first, resume=True, compressed=False)
+    content = read_trajectories(path, columns=())
+    return Part(path.name, first, episodes, content.n_rows, content.attributes["checksum"])
+
+
+def write_index(folder: Path, name: str, parts: list[Part]) -> None:
+    values = {"dataset": name, "parts": [asdict(part) for part in parts]}
+    target = folder / f"{INDEX}.tmp"
+    target.write_text(json.dumps(values, indent=1) + "\n")
+    target.replace(folder / INDEX)
+
+
+def read_parts(folder: Path) -> Dataset:
+    """The parts of a folder, in the order of their episodes, as one dataset.
+
+    Raises:
+        LedeError: no index, or a part that is missing or not what the index says.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        raise LedeError(f"{folder} has no {INDEX}; collect into it to the end, or name one of its files")
+    values: dict[str, Any] = json.loads(index.read_text())
+    datasets = []
+    for part in sorted(values["parts"], key=lambda part: part["first_episode"]):
+        dataset = read_dataset(folder / part["file"])
+        found = (dataset.n_episodes, dataset.n_rows, dataset.attributes.get("checksum"))
+        if found != (part["episodes"], part["rows"], part["checksum"]):
+            raise LedeError(f"{folder / part['file']} holds {found}, and not what {index} says; collect it again")
+        datasets.append(dataset)
+    return datasets[0].concat(*datasets[1:])

@@ -1,0 +1,146 @@
+"""Exporters, row by row: past the first episode, an episode that ends, one that is cut, one of length one."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import lede_env
+from lede_env.data.dataset import Dataset
+from lede_env.data.trajectory_file import COLUMNS, checksum
+from lede_env.data.trajectory_layout import TABLES
+from lede_env.errors import LedeError
+
+FEATURES = ["confidence", "entropy", "trace"]
+# Observations are row numbers, final ones 100 + episode, rewards 1000 + row.
+#                          e0: ends       e1: cut   e2: one row, cut   e3: one row, ends   e4: cut, across tokens
+LENGTHS = np.array([3, 2, 1, 1, 4])
+ENDS_BY_ITSELF = np.array([True, False, False, True, False])
+DISCOUNT = np.array([1, 0, 0, 1, 1, 1, 0, 0, 1, 0, 1], np.float32)  # e1 and e2 are cut within a token
+STARTS = np.cumsum(LENGTHS) - LENGTHS
+LAST = STARTS + LENGTHS - 1
+
+
+@pytest.fixture
+def dataset():
+    """Hand-made; the attributes are those of a real environment."""
+    n, rows = LENGTHS.sum(), np.arange(LENGTHS.sum())
+    arrays = {name: np.zeros(n, dtype) for name, dtype in COLUMNS.items()}
+    arrays["observations"] = np.add.outer(rows, [0, 0.25, 0.5]).astype(np.float32)
+    arrays["actions"] = (rows % 2).astype("u1")
+    arrays["rewards"] = (1000 + rows).astype(np.float32)
+    arrays["discount"] = DISCOUNT
+    arrays["terminals"][LAST[ENDS_BY_ITSELF]] = True
+    arrays["timeouts"][LAST[~ENDS_BY_ITSELF]] = True
+    arrays["behaviour_logprob"] = np.log((rows + 1) / 100).astype(np.float32)
+    arrays["layer"] = (3 + rows % 2).astype("u1")
+    arrays["prompt_id"] = np.repeat([0, 1, 0, 1, 1], LENGTHS).astype("u4")
+    arrays["episode_starts"] = STARTS.astype(TABLES["episode_starts"])
+    arrays["final_observations"] = np.repeat(100.0 + np.arange(5)[:, None], 3, 1).astype(np.float32)
+    attributes = {"env_id": "LEDE-Tiny-v0", "mdp": "exit", "features": FEATURES, "split": "train", "task": "all"}
+    return Dataset(arrays, attributes, ["code/0001", "lm/0002"], int(n))
+
+
+def expected(dataset, boundary):
+    """(observation, action, reward, next observation, terminal) of every row, in order."""
+    out = []
+    for row in range(dataset.n_rows):
+        episode = int(np.searchsorted(STARTS, row, "right")) - 1
+        following = 100.0 + episode if row == LAST[episode] else row + 1
+        ends = row in LAST[ENDS_BY_ITSELF] or (boundary == "token" and DISCOUNT[row] == 0)
+        out.append((float(row), row % 2, 1000.0 + row, float(following), bool(ends)))
+    return out
+
+
+@pytest.mark.parametrize("boundary", ["token", "prompt"])
+def test_d3rlpy(dataset, boundary):
+    pytest.importorskip("d3rlpy")
+    from d3rlpy.dataset import BasicTransitionPicker
+
+    buffer, picker = dataset.to_d3rlpy(boundary), BasicTransitionPicker()
+    found = []
+    for episode in buffer.episodes:
+        for index in range(episode.transition_count):
+            step = picker(episode, index)
+            following = float(step.next_observation[0])
+            found.append((float(step.observation[0]), int(step.action[0]), float(step.reward[0]), following,
+                          bool(step.terminal)))  # fmt: skip
+    wanted = expected(dataset, boundary)
+    # Of a terminal step d3rlpy keeps no next observation: it gives zeros.
+    assert found == [(*row[:3], 0.0 if row[4] else row[3], row[4]) for row in wanted]
+    assert buffer.dataset_info.action_size == 2
+
+
+@pytest.mark.parametrize("boundary", ["token", "prompt"])
+def test_sb3(dataset, boundary):
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    box = gym.spaces.Box(-1e3, 1e3, (3,), np.float32)
+    buffer = buffers.ReplayBuffer(20, box, gym.spaces.Discrete(2), device="cpu", handle_timeout_termination=True)
+    dataset.fill_sb3(buffer, boundary)
+    n = dataset.n_rows
+    columns = (buffer.observations, buffer.actions, buffer.rewards, buffer.next_observations)
+    rows = zip(*(column[:n].reshape(n, -1)[:, 0].tolist() for column in columns), strict=True)
+    bootstrapped = buffer.dones[:n, 0] * (1 - buffer.timeouts[:n, 0])
+    assert [(*row, bool(end)) for row, end in zip(rows, bootstrapped, strict=True)] == expected(dataset, boundary)
+    ends = (dataset["terminals"] | dataset["timeouts"]) | ((DISCOUNT == 0) & (boundary == "token"))
+    np.testing.assert_array_equal(buffer.dones[:n, 0], ends)
+    for size, envs in ((20, 2), (10, 1)):
+        small = buffers.ReplayBuffer(size, box, gym.spaces.Discrete(2), device="cpu", n_envs=envs)
+        with pytest.raises(LedeError, match="expected at least 11 of 1"):
+            dataset.fill_sb3(small)
+
+
+def test_rlds(dataset):
+    episodes = list(dataset.to_rlds())
+    assert [len(episode["steps"]["reward"]) for episode in episodes] == (LENGTHS + 1).tolist()
+    for number, episode in enumerate(episodes):
+        steps, begin, n = episode["steps"], STARTS[number], LENGTHS[number]
+        assert steps["observation"][:, 0].tolist() == [*range(begin, begin + n), 100 + number]
+        assert steps["reward"].tolist() == [*range(1000 + begin, 1000 + begin + n), 0]
+        assert steps["is_first"].nonzero()[0].tolist() == [0] and steps["is_last"].nonzero()[0].tolist() == [n]
+        assert steps["is_terminal"].tolist() == [False] * n + [bool(ENDS_BY_ITSELF[number])]
+        assert steps["discount"][n - 1] == (0 if ENDS_BY_ITSELF[number] else DISCOUNT[begin + n - 1])
+        assert episode["prompt_id"] == dataset.prompt_ids[[0, 1, 0, 1, 1][number]]
+
+
+@pytest.fixture
+def minari(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return pytest.importorskip("minari")
+
+
+def test_minari_and_back(dataset, minari):
+    dataset.to_minari("lede/by-hand-v0", description="made by hand")
+    stored = minari.load_dataset("lede/by-hand-v0")
+    assert stored.total_episodes == 5 and stored.total_steps == 11
+    for number, episode in enumerate(stored.iterate_episodes()):
+        begin, n = STARTS[number], LENGTHS[number]
+        assert episode.observations[:, 0].tolist() == [*range(begin, begin + n), 100 + number]
+        assert episode.rewards.tolist() == list(range(1000 + begin, 1000 + begin + n))
+        assert episode.actions.tolist() == [row % 2 for row in range(begin, begin + n)]
+        assert episode.terminations.tolist() == [False] * (n - 1) + [bool(ENDS_BY_ITSELF[number])]
+        assert episode.truncations.tolist() == [False] * (n - 1) + [not ENDS_BY_ITSELF[number]]
+    back = lede_env.from_minari("lede/by-hand-v0")
+    assert checksum(back.arrays) == checksum(dataset.arrays)
+    assert (back.attributes, back.prompt_ids) == (dataset.attributes, dataset.prompt_ids)
+    env = stored.recover_environment()
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (3,) and env.observation_space == stored.observation_space
+    with pytest.raises(LedeError, match=r"Minari does not take 'lede/by.hand'"):
+        dataset.to_minari("lede/by.hand")
+    with pytest.raises(LedeError, match="no dataset 'lede/other-v0' on this machine"):
+        lede_env.from_minari("lede/other-v0")
+
+
+def test_a_real_dataset_through_minari(minari):
+    data = lede_env.load_dataset("tiny-draft/random-v0", split="validation", features="paper").take(range(5))
+    back = (data.to_minari("lede/real-v0"), lede_env.from_minari("lede/real-v0"))[1]
+    assert checksum(back.arrays) == checksum(data.arrays) and back.features == data.features
+
+
+def test_nothing_and_unknown_boundaries_are_refused(dataset):
+    with pytest.raises(LedeError, match="boundary='round' is unknown; use one of token, prompt"):
+        dataset.to_d3rlpy("round")
+    with pytest.raises(LedeError, match="nothing to export"):
+        dataset.take([]).to_d3rlpy()

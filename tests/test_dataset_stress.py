@@ -1,0 +1,187 @@
+"""Making datasets when things go wrong: kills, full disks, other writers, lost workers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import lede_env
+from lede_env.data.trajectory_file import checksum, read_trajectories
+from lede_env.data.trajectory_layout import locked
+from lede_env.errors import LedeError
+from lede_env.offline import making
+from lede_env.offline.making import is_whole, make, verify
+from lede_env.offline.tiers import recipe_of
+
+NAME = "tiny/mixed-v0"
+EPISODES = 400
+KILLS = 50
+
+# Forks for every line it reads, so that the imports are paid once. A file commits every few episodes.
+SERVER = f"""if True:
+    import os, sys
+    from functools import partial
+    import lede_env.recording as recording
+    from lede_env.offline import making
+    from lede_env.offline.tiers import recipe_of
+    making.LANES, recipe = 8, recipe_of({NAME!r})
+    making.load_trace(recipe.problem.trace)
+    recording.TrajectoryWriter = partial(recording.TrajectoryWriter, chunk_rows=256)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            making.make(recipe, line.strip(), {EPISODES}, resume=True)
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return read_trajectories(make(recipe_of(NAME), tmp_path_factory.mktemp("whole") / "whole.h5", EPISODES))
+
+
+def assert_prefix(path, whole):
+    """Every committed episode is the one of the uninterrupted file; returns how many there are."""
+    data = read_trajectories(path)
+    for name, values in data.arrays.items():
+        np.testing.assert_array_equal(values, whole[name][: len(values)], err_msg=name)
+    return data.n_episodes
+
+
+def test_fifty_kills_lose_nothing(tmp_path, whole):
+    path, rng, counts = tmp_path / "killed.h5", random.Random(0), [0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
+
+        def run():
+            server.stdin.write(f"{path}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        for _ in range(KILLS):
+            child = run()
+            time.sleep(rng.uniform(0.05, 0.25))
+            os.kill(child, signal.SIGKILL)
+            assert int(server.stdout.readline()) == -signal.SIGKILL
+            counts.append(assert_prefix(path, whole) if path.exists() else 0)
+        run()
+        assert int(server.stdout.readline()) == 0
+        server.stdin.close()
+    assert counts == sorted(counts) and 0 < counts[-1] < EPISODES and len(set(counts)) > 10, counts
+    data = read_trajectories(path)
+    assert checksum(data.arrays) == data.attributes["checksum"] == whole.attributes["checksum"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.h5"]
+
+
+def test_a_file_size_limit_and_resume(tmp_path, whole):
+    path = tmp_path / "full.h5"
+    arguments = ["dataset", "make", NAME, "--episodes", str(EPISODES), "--out", str(path), "--resume"]
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, -1)); "
+    program = "from lede_env.cli import main; main()"
+
+    def run(code):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    failed = run(limited + program)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    said = " ".join(failed.stderr.split())
+    assert str(path) in said and "intact" in said and "--resume" in said
+    assert not path.exists() or assert_prefix(path, whole) < EPISODES
+    assert run(program).returncode == 0
+    assert read_trajectories(path).attributes["checksum"] == whole.attributes["checksum"]
+
+
+def test_a_second_writer_is_refused_and_the_number_of_environments_leaves_no_trace(tmp_path, whole, monkeypatch):
+    path = tmp_path / "a.h5"
+    with locked(path), pytest.raises(LedeError, match=f"being written by another process .pid {os.getpid()}"):
+        make(recipe_of(NAME), path, 3)
+    monkeypatch.setattr(making, "LANES", 3)
+    make(recipe_of(NAME), path, 40)
+    assert assert_prefix(path, whole) == 40
+
+
+def test_readers_beside_the_writer_see_committed_episodes(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(making, "LANES", 8)
+    monkeypatch.setattr("lede_env.recording.TrajectoryWriter", _often)
+    path, counts = tmp_path / "read.h5", []
+    thread = threading.Thread(target=make, args=(recipe_of(NAME), path, EPISODES))
+    thread.start()
+    while thread.is_alive():
+        if path.exists():
+            counts.append(assert_prefix(path, whole))
+        time.sleep(0.01)
+    thread.join()
+    assert counts == sorted(counts) and len(set(counts)) > 3 and is_whole(path)
+
+
+def _often(*args, **kwargs):
+    from lede_env.data.trajectory_file import TrajectoryWriter
+
+    return TrajectoryWriter(*args, **kwargs, chunk_rows=256)
+
+
+# --- several workers
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_four_workers_one_of_them_killed_give_what_one_process_gives(cluster, tmp_path):
+    from lede_env.offline.parts import collect
+
+    recipe, episodes, folder = recipe_of(NAME), 4 * 600, tmp_path / "parts"
+    victim, lock = folder / "part-0002.h5", folder / "part-0002.h5.lock"
+    killed = []
+
+    def kill():
+        while not killed:
+            if victim.exists() and lock.exists() and 0 < read_trajectories(victim, columns=()).n_episodes < 600:
+                killed.append(int(lock.read_text()))
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.005)
+
+    threading.Thread(target=kill, daemon=True).start()
+    collect(recipe, folder, episodes, workers=4)
+    assert killed and sorted(file.name for file in folder.iterdir()) == [
+        "index.json", "part-0000.h5", "part-0001.h5", "part-0002.h5", "part-0003.h5",
+    ]  # fmt: skip
+    joined = lede_env.load_dataset(folder, split="all")
+    single = read_trajectories(make(recipe, tmp_path / "single.h5", episodes, compressed=False))
+    assert joined.n_episodes == episodes and checksum(joined.arrays) == single.attributes["checksum"]
+    assert verify(victim)
+    collect(recipe, folder, episodes, workers=4)  # all there: nothing to do
+    victim.unlink()
+    with pytest.raises(LedeError, match=r"part-0002.h5: no such file"):
+        lede_env.load_dataset(folder)
+    collect(recipe, folder, episodes, workers=4)
+    assert checksum(lede_env.load_dataset(folder, split="all").arrays) == single.attributes["checksum"]
+
+
+def test_workers_that_cannot_start_say_why(cluster, tmp_path):
+    from lede_env.offline.parts import collect
+
+    recipe = recipe_of("tiny/random-v0")
+    with pytest.raises(LedeError, match="workers=5 for 4 episodes"):
+        collect(recipe, tmp_path, 4, workers=5)
+    make(recipe, tmp_path / "part-0000.h5", 3)
+    with pytest.raises(LedeError, match="with 3 episodes, and not the 2"):
+        collect(recipe, tmp_path, 4, workers=2)
+    with pytest.raises(LedeError, match=r"has no index\.json"):
+        lede_env.load_dataset(tmp_path)
