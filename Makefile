@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test browser lint bench clean
+.PHONY: setup demo test browser lint bench datasets clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.cpu_speed
+
+# The collectors, the datasets that ship, their cards and the catalogue; after a change of traces or features.
+datasets: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m agents.collectors
+	$(PY) -m lede_env.cli dataset make all --out datasets --force
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

@@ -139,7 +139,8 @@ def policy_act(policy: ExitPolicy, available: Sequence[str], seed: int) -> Act:
                 f"{type(policy).__name__}.exit_probability must return {len(observations)} numbers in [0, 1], one an "
                 f"observation; got {exit_probability!r}"
             )
-        keys: Any = derive_seed(seed, *(part.astype(np.uint64) for part in (numbers, np.ones_like(numbers), steps)))
+        path: list[Any] = [part.astype(np.uint64) for part in (numbers, np.ones_like(numbers), steps)]
+        keys: Any = derive_seed(seed, *path)  # elementwise
         actions = np.where(first_uniforms(keys) < exit_probability, EXIT, CONTINUE)
         return actions, np.log(np.where(actions == EXIT, exit_probability, 1.0 - exit_probability))
 

@@ -18,6 +18,7 @@ from lede_env.engine.acceptance import (
     coupled_drafts,
     derive_seed,
     draw,
+    first_uniforms,
     greedy_match,
     speculative_match,
 )
@@ -169,6 +170,14 @@ def test_speculative_match_at_its_edges():
     for seed in range(20):
         assert speculative_match([1], torch.stack([other, sure]), [sure], Draws(seed)) == (0, 2)
     assert speculative_match([], sure[None], [], Draws(0)) == (0, 1)
+
+
+def test_first_uniforms_are_those_of_draws():
+    seeds = np.array([0, 1, 7, 2**63, 2**64 - 1], np.uint64)
+    assert first_uniforms(seeds).tolist() == [Draws(seed).next() for seed in seeds.tolist()]
+    numbers, steps = np.arange(5, dtype=np.uint64), np.full(5, 3, np.uint64)
+    derived = derive_seed(11, numbers, steps)
+    assert derived.tolist() == [derive_seed(11, number, 3) for number in range(5)]
 
 
 # --- the coupling

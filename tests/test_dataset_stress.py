@@ -23,17 +23,18 @@ from lede_env.offline.tiers import recipe_of
 
 NAME = "tiny/mixed-v0"
 EPISODES = 400
-KILLS = 50
+PART = 300  # episodes a worker
 
-# Forks for every line it reads, so that the imports are paid once. A file commits every few episodes.
+# Forks for every line it reads, so that imports and environments are paid once. A file commits every few episodes.
 SERVER = f"""if True:
     import os, sys
     from functools import partial
     import lede_env.recording as recording
     from lede_env.offline import making
     from lede_env.offline.tiers import recipe_of
-    making.LANES, recipe = 8, recipe_of({NAME!r})
-    making.load_trace(recipe.problem.trace)
+    recipe = recipe_of({NAME!r})
+    envs = recording.make_player_envs(recipe.problem.env_id, 4, **recipe.problem.env_kwargs)
+    making.make_player_envs = lambda *args, **kwargs: envs
     recording.TrajectoryWriter = partial(recording.TrajectoryWriter, chunk_rows=256)
     for line in sys.stdin:
         child = os.fork()
@@ -58,8 +59,13 @@ def assert_prefix(path, whole):
     return data.n_episodes
 
 
-def test_fifty_kills_lose_nothing(tmp_path, whole):
-    path, rng, counts = tmp_path / "killed.h5", random.Random(0), [0]
+def episodes_in(path):
+    return read_trajectories(path, columns=()).n_episodes if path.exists() else 0
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_lose_nothing(tmp_path, whole, kills):
+    path, rng, counts = tmp_path / "killed.h5", random.Random(kills), [0]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
@@ -69,16 +75,20 @@ def test_fifty_kills_lose_nothing(tmp_path, whole):
             server.stdin.flush()
             return int(server.stdout.readline())
 
-        for _ in range(KILLS):
+        for number in range(kills):
             child = run()
-            time.sleep(rng.uniform(0.05, 0.25))
+            deadline = time.monotonic() + 60
+            while number % 2 and episodes_in(path) == counts[-1]:  # in the middle of playing; else at any moment
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
             assert int(server.stdout.readline()) == -signal.SIGKILL
             counts.append(assert_prefix(path, whole) if path.exists() else 0)
         run()
         assert int(server.stdout.readline()) == 0
         server.stdin.close()
-    assert counts == sorted(counts) and 0 < counts[-1] < EPISODES and len(set(counts)) > 10, counts
+    assert counts == sorted(counts) and 0 < counts[-1] < EPISODES and len(set(counts)) > kills // 4, counts
     data = read_trajectories(path)
     assert checksum(data.arrays) == data.attributes["checksum"] == whole.attributes["checksum"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.h5"]
@@ -116,7 +126,7 @@ def test_readers_beside_the_writer_see_committed_episodes(tmp_path, whole, monke
     monkeypatch.setattr(making, "LANES", 8)
     monkeypatch.setattr("lede_env.recording.TrajectoryWriter", _often)
     path, counts = tmp_path / "read.h5", []
-    thread = threading.Thread(target=make, args=(recipe_of(NAME), path, EPISODES))
+    thread = threading.Thread(target=make, args=(recipe_of(NAME), path, 60))
     thread.start()
     while thread.is_alive():
         if path.exists():
@@ -146,13 +156,13 @@ def cluster():
 def test_four_workers_one_of_them_killed_give_what_one_process_gives(cluster, tmp_path):
     from lede_env.offline.parts import collect
 
-    recipe, episodes, folder = recipe_of(NAME), 4 * 600, tmp_path / "parts"
+    recipe, episodes, folder = recipe_of(NAME), 4 * PART, tmp_path / "parts"
     victim, lock = folder / "part-0002.h5", folder / "part-0002.h5.lock"
     killed = []
 
     def kill():
         while not killed:
-            if victim.exists() and lock.exists() and 0 < read_trajectories(victim, columns=()).n_episodes < 600:
+            if victim.exists() and lock.exists() and 0 < episodes_in(victim) < PART:
                 killed.append(int(lock.read_text()))
                 os.kill(killed[0], signal.SIGKILL)
             time.sleep(0.005)

@@ -56,8 +56,9 @@ class Draws:
 
 def first_uniforms(seeds: np.ndarray) -> np.ndarray:
     """(N,) uint64 seeds -> (N,) the first number that `Draws` gives for each."""
-    keys = _mix(cast(Any, seeds))  # its arithmetic is elementwise
-    return (_mix(keys + _GOLDEN) >> 11) * 2.0**-53
+    keys: Any = _mix(cast(Any, seeds))  # its arithmetic is elementwise
+    mixed: Any = _mix(keys + _GOLDEN)
+    return (mixed >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,8 @@ class Bench:
     def interval(self, *returns: np.ndarray) -> tuple[float, float]:
         """95 % interval, by bootstrap over prompts, of a score, or of how far the first one's is above the second's."""
         picks = np.random.default_rng(0).integers(len(self.random), size=(RESAMPLES, len(self.random)))
-        scores = [[self.score(each, pick) for pick in picks] for each in returns]
-        values = np.subtract(*scores) if len(scores) == 2 else np.array(scores[0])
-        low, high = np.quantile(values, (0.025, 0.975))
+        scores = np.array([[self.score(each, pick) for pick in picks] for each in returns])  # (1 or 2, RESAMPLES)
+        low, high = np.quantile(scores[0] - scores[1:].sum(0), (0.025, 0.975))
         return float(low), float(high)
 
 
