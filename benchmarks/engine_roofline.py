@@ -124,23 +124,18 @@ def pieces(lm: LayeredLM) -> list[dict[str, Any]]:
     rows = []
     with torch.inference_mode(), lm.session(1, 1024, DRAFT_CAP + 1) as session:
         session.prefill(0, filler(lm, 512))
+        session.fill(slot=0)
         for width in (1, DRAFT_CAP + 1):
-            key, body = session._segment(0, lm.n_layers, width)
-            session._replay(key, body, slot=0)
-            whole = median_seconds(session._graphs[key].replay)
+            whole = median_seconds(session.graph(*session._segment(0, lm.n_layers, width)).replay)
             verdict = ("verify", width, GREEDY, False)
-            session._replay(verdict, partial(session._verify, width, GREEDY, False), slot=0, drafts=width - 1)
-            head = median_seconds(session._graphs[verdict].replay)
+            head = median_seconds(session.graph(verdict, partial(session._verify, width, GREEDY, False)).replay)
             rows += [
                 {"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3},
                 {"what": f"head and verdict, {width} rows", "ms": head * 1e3},
             ]
-        session.open(5, 1)
         for sampling in (GREEDY, Sampling(0.6)):
-            session.read(-1, 0.5, sampling)
-            check = median_seconds(session._graphs[("read", sampling)].replay)
+            check = median_seconds(session.graph(("read", sampling), partial(session._read_out, sampling)).replay)
             rows.append({"what": f"exit check and draw, T = {sampling.temperature:g}", "ms": check * 1e3})
-        session.close_round(0, 0)
     return rows
 
 

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import Counts
 from lede_env.envs.backends import LiveBackend
+from lede_env.models.zoo import twin_layer
 from lede_env.tasks import Prompt
 
 RESULTS = Path(__file__).parent / "results"
@@ -154,8 +156,15 @@ class Player:
         )
 
     def cost(self, index: int, costs: CostModel) -> float:
-        """Modelled cost of a prompt's newest generation, in autoregressive steps; prefill is not in it."""
-        return sum(costs.of(round_) for round_ in self.outs[index].rounds)
+        """Modelled cost of a prompt's newest generation, in autoregressive steps; prefill is not in it.
+
+        Costs of a deeper model are those of a geometry twin, at whose layers the same rounds are played.
+        """
+        depth, donor = costs.n_layers, self.lm.n_layers
+        return sum(
+            costs.of(replace(round_, exits=[twin_layer(layer, donor, depth) for layer in round_.exits]))
+            for round_ in self.outs[index].rounds
+        )
 
 
 def time_methods(

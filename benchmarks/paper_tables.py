@@ -55,7 +55,7 @@ class Args:
     """Print the paper's Tables 1 to 3 for a model: every decoding method, tuned, on every task."""
 
     model: str = "tiny"  # zoo name, hub id or local folder
-    weights: Literal["auto"] = "auto"  # the model's own
+    weights: Literal["auto", "twin"] = "auto"  # the model's own, or those of its geometry twin
     policy: str | None = None  # folder of LEDE's policy, one for all tasks; by default the one shipped with the model
     tasks: tuple[str, ...] = ("all",)  # all, task names, paths of JSONL files, hub, hub:NAME
     methods: tuple[str, ...] = tuple(GRIDS)  # registered names; autoregressive and layerskip always run
@@ -89,11 +89,12 @@ def main(args: Args) -> list[dict[str, Any]]:
     console = Console()
     torch.set_num_threads(args.threads)
     chosen = {name: choose_prompts(args, source) for name, source in task_sources(args.tasks).items()}
-    lm = lede_env.load_model(args.model, device=args.device)
+    lm = lede_env.load_model(args.model, weights=args.weights, device=args.device)
     policy = lede_policy(args, lm)
-    results = Results(results_path(args, lm), args.model, settings_of(args, lm, policy))
+    results = Results(results_path(args, lm), lm.name, settings_of(args, lm, policy))
     costs = results.costs = cost_models(args, lm, results.costs)
-    bench = Bench(lm, policy, args.max_new_tokens, args.temperature, args.seed, costs, console)
+    donor = lede_env.load_model("tiny", device=args.device) if lm.weights == "twin" else None
+    bench = Bench(lm, policy, args.max_new_tokens, args.temperature, args.seed, costs, console, donor)
     if importlib.util.find_spec("rouge_score") is None:
         console.print("no ROUGE-L: pip install rouge-score")
     for name, (validation, test) in chosen.items():
@@ -147,7 +148,7 @@ def lede_policy(args: Args, lm: LayeredLM) -> MLPPolicy | None:
     """LEDE's policy, checked against the model now rather than after hours; None where LEDE is not asked for."""
     if "lede" not in args.methods:
         return None
-    path = args.policy or ("tiny" if lm.weights == "embedded" else None)
+    path = args.policy or ("tiny" if lm.weights in ("embedded", "twin") else None)
     policy = load_policy(path) if path else None
     Lede(policy).start(lm, 0)
     return policy
@@ -158,7 +159,8 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
     named = {name: replace(load_cost_model(name), n_layers=lm.n_layers) for name in args.cost_models}
     if args.machine_costs != "measured":
         return {MACHINE: replace(load_cost_model(args.machine_costs), n_layers=lm.n_layers), **named}
-    return {MACHINE: known.get(MACHINE) or measure(args.model, args.device), **named}
+    measured = known.get(MACHINE) or measure(args.model, args.device, weights=args.weights)
+    return {MACHINE: measured, **named}
 
 
 def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str
 def results_path(args: Args, lm: LayeredLM) -> Path:
     """benchmarks/results/DEVICE/paper_tables-MODEL[-T0.6][-ablation].json, or the like in another folder."""
     device = machine("cuda")["hardware"].lower().replace(" ", "-") if lm.device.type == "cuda" else "cpu"
-    parts = ["paper_tables", Path(args.model).name]
+    parts = ["paper_tables", lm.name]
     parts += [f"T{args.temperature:g}"] * (args.temperature > 0) + ["ablation"] * args.ablation
     return (args.out or RESULTS / device) / f"{'-'.join(parts)}.json"
 

@@ -30,6 +30,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 from lede_env.evaluation import static_result
+from lede_env.models.zoo import twin_layer
 from lede_env.policies import MLPPolicy
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -47,14 +48,33 @@ class Bench:
     seed: int
     costs: dict[str, CostModel]  # by name; MACHINE is one
     console: Console
+    donor: LayeredLM | None = None  # of a twin, which plays its rounds: settings are tried on it, at the twin's costs
 
     @property
     def layers(self) -> tuple[int, ...]:
         """LEDE's candidates: every method that exits early chooses among the same layers."""
-        return self.policy.candidate_layers if self.policy else self.lm.candidate_layers
+        of_policy = self.policy is not None and self.policy.n_layers == self.lm.n_layers
+        return self.policy.candidate_layers if of_policy else self.lm.candidate_layers  # type: ignore[union-attr]
 
     def player(self, strategy: Strategy) -> Player:
         return Player(self.lm, strategy, self.max_new_tokens, self.temperature, self.seed)
+
+    def trial_player(self, strategy: Strategy) -> Player:
+        """What plays a setting while settings are tried."""
+        if self.donor is None:
+            return self.player(strategy)
+        return Player(self.donor, self.on_donor(strategy), self.max_new_tokens, self.temperature, self.seed)
+
+    def on_donor(self, strategy: Strategy) -> Strategy:
+        """A twin's strategy on its donor: the same layers by their numbers there; policies relabel themselves."""
+        assert self.donor is not None
+        depth = self.donor.n_layers
+        at = {twin_layer(layer, depth, self.lm.n_layers): layer for layer in range(1, depth + 1)}
+        if isinstance(strategy, Lite):
+            return Lite({at[e]: t for e, t in strategy.thresholds.items()}) if strategy.thresholds else Lite()
+        if isinstance(getattr(strategy, "exit_layer", None), int):
+            return dataclasses.replace(strategy, exit_layer=at[strategy.exit_layer])  # type: ignore[type-var, attr-defined]
+        return strategy
 
     def tokens(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[int, list[int]]], int]:
         """(index, token ids) of each prompt, cut where it does not fit, and how many were cut."""
@@ -87,6 +107,8 @@ GRIDS: dict[str, Callable[[Bench, list[Prompt]], list[Strategy]]] = {
 
 def lite_settings(bench: Bench, prompts: list[Prompt]) -> list[Strategy]:
     """LITE's thresholds calibrated on these prompts, and those stored with the embedded model."""
+    if bench.donor is not None:  # whose thresholds are the twin's
+        return [Lite()]
     calibrated = Lite(calibrate(bench.lm, prompts, bench.max_new_tokens))
     return [calibrated, Lite()] if bench.lm.weights == "embedded" else [calibrated]
 
@@ -138,13 +160,15 @@ def score_static(bench: Bench, trials: list[Trial], prompts: list[Prompt]) -> No
     """All settings of LayerSkip from one decoding of the prompts: their acceptance decides every round."""
     if not trials:
         return
-    accepted = acceptance_table(
-        bench.lm, prompts, bench.max_new_tokens, bench.layers, bench.console, bench.temperature, bench.seed
-    )
-    for trial in trials:
+    lm = bench.donor or bench.lm
+    playing = [trial.strategy if lm is bench.lm else bench.on_donor(trial.strategy) for trial in trials]
+    layers = sorted({strategy.exit_layer for strategy in playing})  # type: ignore[attr-defined]
+    options = bench.max_new_tokens, layers, bench.console, bench.temperature, bench.seed
+    accepted = acceptance_table(lm, prompts, *options)
+    for trial, played in zip(trials, playing, strict=True):
         e, d = trial.strategy.exit_layer, trial.strategy.speculation  # type: ignore[attr-defined]
         for name, costs in bench.costs.items():
-            trial.modelled[name] = static_result(accepted[e], e, d, costs).speedup
+            trial.modelled[name] = static_result(accepted[played.exit_layer], e, d, costs).speedup  # type: ignore[attr-defined]
 
 
 def score(bench: Bench, trials: list[Trial], prompts: list[Prompt]) -> None:
@@ -154,7 +178,7 @@ def score(bench: Bench, trials: list[Trial], prompts: list[Prompt]) -> None:
     encoded, _ = bench.tokens(prompts)
     with progress_bar(bench.console) as bar:
         for trial in bar.track(trials, description="settings on validation prompts"):
-            player = bench.player(trial.strategy)
+            player = bench.trial_player(trial.strategy)
             tokens = sum(len(player(prompt)[0]) for prompt in encoded)
             for name, costs in bench.costs.items():
                 trial.modelled[name] = tokens / sum(player.cost(index, costs) for index, _ in encoded)

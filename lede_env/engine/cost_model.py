@@ -109,32 +109,33 @@ def measure(
     model: str = "tiny",
     device: str = "auto",
     *,
-    weights: Literal["auto", "random"] = "auto",
+    weights: Literal["auto", "twin", "random"] = "auto",
     context: int = 256,
     repeats: int = 100,
 ) -> CostModel:
     """Time a layer, a head and a decision on this machine: medians, warmed, synchronised.
 
-    The pieces take turns, repeat by repeat, so that a busy moment hits all alike. On CUDA each is captured as a graph
-    and replayed, as an engine without launch overhead would run it, with one host sync a decision.
+    The pieces take turns, repeat by repeat, so that a busy moment hits all alike. On CUDA they are the engine's own
+    graphs.
     """
     import torch
 
     from lede_env.models.loading import load_model
     from lede_env.models.random_weights import random_model
 
-    lm = random_model(model, device=device) if weights == "random" else load_model(model, device=device)
+    if weights == "random":
+        lm = random_model(model, device=device)
+    else:
+        lm = load_model(model, weights=weights, device=device)
     on_gpu = lm.device.type == "cuda"
     widths = range(1, DRAFT_CAP + 2)
     with torch.inference_mode(), lm.session(1, context + len(widths), len(widths)) as session:
         session.prefill(0, [token % lm.geometry.vocab for token in range(context)])
-        pieces = {"decision": _device_decision(lm) if on_gpu else _decision(lm)}
-        for width in widths:
-            x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
-            span = session.cache.span([0], [context], width)
-            pieces[f"layer {width}"] = partial(lm.run, x, session.cache, span, 0, lm.n_layers)
-            pieces[f"head {width}"] = partial(_best, lm, x[0])
-        seconds = _medians({name: _captured(call) for name, call in pieces.items()} if on_gpu else pieces, repeats)
+        pieces = _graph_pieces(session) if on_gpu else _pieces(lm, session, context)
+        seconds = _medians(pieces, repeats)
+    if on_gpu:  # segments of several rows are padded to the widest; the read-out takes the place of the argmax
+        seconds |= {f"{what} {w}": seconds[f"{what} {widths[-1]}"] for w in widths[1:-1] for what in ("layer", "head")}
+        seconds["decision"] = max(0.0, seconds["decision"] - seconds["head 1"])
     return CostModel(
         name=f"{lm.name}-{lm.device.type}",
         model=lm.name,
@@ -177,45 +178,44 @@ def _decision(lm) -> Callable[[], object]:
     return decide
 
 
-def _device_decision(lm) -> Callable[[], object]:
-    """The same on the device, to be captured: all signals and a network of two layers of 64."""
+def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
+    """All layers and the head by width, and a decision."""
     import torch
 
-    from lede_env.engine.signals import INPUTS, RAW, raw_signals
-
-    logits = torch.randn(1, lm.geometry.vocab, device=lm.device)
-    guess = torch.zeros(1, dtype=torch.long, device=lm.device)
-    context = torch.zeros(1, INPUTS - RAW, device=lm.device)
-    network = [torch.randn(n, m, device=lm.device) for n, m in ((INPUTS, 64), (64, 64), (64, 1))]
-
-    def decide():
-        x = torch.cat([raw_signals(logits, guess), context], dim=-1)
-        for matrix in network[:-1]:
-            x = (x @ matrix).relu_()
-        return x @ network[-1] > 0
-
-    return decide
+    pieces: dict[str, Callable[[], object]] = {"decision": _decision(lm)}
+    for width in range(1, DRAFT_CAP + 2):
+        x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
+        span = session.cache.span([0], [context], width)
+        pieces[f"layer {width}"] = partial(lm.run, x, session.cache, span, 0, lm.n_layers)
+        pieces[f"head {width}"] = partial(_best, lm, x[0])
+    return pieces
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """A call as a CUDA graph: replays it, and waits for its end."""
+def _graph_pieces(session) -> dict[str, Callable[[], object]]:
+    """The same from the engine's graphs, one row and the widest, each waited for.
+
+    "decision" is a whole exit check: head, signals and draw. The policy decides on the host while the next draft's
+    layers run (`lede_env.decoding.pipelined`), so its time is not the round's.
+    """
     import torch
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    from lede_env.engine.acceptance import Sampling
+
+    def waited(call: Callable[[], None]) -> Callable[[], object]:
+        def run():
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+            torch.cuda.synchronize()
 
-    def replay():
-        graph.replay()
-        torch.cuda.synchronize()
+        return run
 
-    return replay
+    greedy = Sampling()
+    session.fill(slot=0)
+    pieces = {"decision": waited(session.graph(("read", greedy), partial(session._read_out, greedy)).replay)}
+    for width in (1, session.width):
+        layers = session.graph(*session._segment(0, session.lm.n_layers, width))
+        verdict = session.graph(("verify", width, greedy, False), partial(session._verify, width, greedy, False))
+        pieces |= {f"layer {width}": waited(layers.replay), f"head {width}": waited(verdict.replay)}
+    return pieces
 
 
 def _medians(pieces: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -243,7 +243,7 @@ def _cpu(threads: int) -> str:
 def main(
     model: str = "tiny",
     device: str = "auto",
-    weights: Literal["auto", "random"] = "auto",
+    weights: Literal["auto", "twin", "random"] = "auto",
     name: str | None = None,
     repeats: int = 100,
     out: Path | None = None,
@@ -253,7 +253,8 @@ def main(
     Args:
         model: name, hub id or folder of the model.
         device: "auto", "cpu" or "cuda".
-        weights: "random" for weights of the model's shape that say nothing: times need no more.
+        weights: "twin" for the model's geometry twin, "random" for weights of its shape that say nothing: times need
+            no more.
         name: what the cost model is called; by default MODEL-DEVICE.
         repeats: timings of each piece; the median counts.
         out: file to write; by default NAME.json in the current folder.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ INTS = 5  # whole numbers of `state`
 RING = 64  # host buffers of `state` in turn: more than there are launches between two waits
 GRAPHS = 256  # captured at a time; the least used goes first
 POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
-IDLE = 2  # sessions of a model kept for later
+IDLE = 3  # sessions of a model kept for later
 
 
 def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> GraphSession:
@@ -230,28 +230,28 @@ class GraphSession(Session):
         weights = residual(p.index_select(0, accepted[None]), drawn_from)
         return accepted, draw(weights, self._uniforms.index_select(0, after[None]))
 
-    def _replay(
-        self,
-        key: tuple,
-        body: Callable[[], None],
-        *,
-        slot: int,
-        guess: int = -1,
-        token: int = -1,
-        drafts: int = 0,
-        uniforms: Sequence[float] = (),
+    def _replay(self, key: tuple, body: Callable[[], None], **state: Any) -> None:
+        """Fill the state and launch a graph."""
+        self.fill(**state)
+        self.graph(key, body).replay()
+
+    def fill(
+        self, *, slot: int, guess: int = -1, token: int = -1, drafts: int = 0, uniforms: Sequence[float] = ()
     ) -> None:
-        """Fill the state and launch a graph, captured at its first use."""
+        """Tell the device where the next graph stands, by one copy that the host does not wait for."""
         turn, self._turn = self._turn, (self._turn + 1) % RING
         self._ints[turn, :INTS] = self.lengths[0], slot, guess, token, drafts
         self._floats[turn, INTS : INTS + len(uniforms)] = uniforms
         self._state.copy_(self._ring[turn], non_blocking=True)
+
+    def graph(self, key: tuple, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of a body, captured at its first use."""
         if key not in self._graphs:
             self._graphs[key] = self._capture(body)
             if len(self._graphs) > GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        self._graphs[key].replay()
+        return self._graphs[key]
 
     def _capture(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         before = self.hidden.clone()
