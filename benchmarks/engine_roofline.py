@@ -47,7 +47,7 @@ class Args:
     weights: Literal["auto", "twin", "random"] = "twin"
     contexts: tuple[int, ...] = (512, 2048, 3968)
     steps: int = 64  # timed at each context
-    peers: bool = False  # transformers on the same twin, written to a folder and loaded back
+    peers: bool = False  # also transformers on the same twin, written to a folder and loaded back
     strategies: tuple[str, ...] = ("layerskip:6,4", "layerskip:8,5", "lede")  # of ours, beside the peers
     prompts: int = 1  # of each task, beside the peers
     max_new_tokens: int = 128
