@@ -24,30 +24,41 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
     (row,) = rows
     row.open_round()
     if row.limit == 0:
-        if not session.depth[0]:  # else the last step began it
-            session.open(row.pending, session.lm.n_layers)
-    else:
-        path = row.control.path(row.round)
-        session.open(row.pending, path[0])
-        lap("drafting layers")
-        more = True
-        while more:
-            path, more = _draft(session, row, path, sampling, lap)
+        _step(session, row, sampling)
+        lap("verification")
+        return
+    path = row.control.path(row.round)
+    session.open(row.pending, path[0])
+    lap("drafting layers")
+    more = True
+    while more:
+        path, more = _draft(session, row, path, sampling, lap)
     drafts = len(row.round.drafts)
     uniforms = () if sampling.greedy else row.draws.peek(drafts + 1)
     session.verify(uniforms, sampling, doubts=row.trace is not None)
-    ahead = row.control.cap == 0 and len(row.tokens) + 1 < row.budget  # plain steps: what comes next is known
-    if ahead:
-        session.open_ahead()
     accepted, token, doubts = session.verified()
     row.draws.count += 0 if sampling.greedy else min(accepted + 1, drafts) + 1
     settle(session.lm, row, (accepted, token), doubts)
-    kept = row.round.accepted + 1
     if row.control.taps:
-        row.round.studied = row.control.study(session.tapped_states(0, kept), session.lm)
-    if not ahead:
-        session.close_round(0, kept)
+        row.round.studied = row.control.study(session.tapped_states(0, accepted + 1), session.lm)
+    session.close_round(0, accepted + 1)
     lap("verification")
+
+
+def _step(session: GraphSession, row: Row, sampling: Sampling) -> None:
+    """A round without drafts. Where all rounds are, the next one is launched before this one's token is known."""
+    plain, doubts = row.control.cap == 0, row.trace is not None
+    if not (plain and row.tokens):  # else the round before launched it
+        session.step(row.pending, () if sampling.greedy else (row.draws.next(),), sampling, doubts)
+        session.close_round(0, 1)
+    ahead = plain and len(row.tokens) + 1 < row.budget
+    if ahead:
+        session.step(-1, () if sampling.greedy else (row.draws.next(),), sampling, doubts)
+        session.close_round(0, 1)
+    _, token, beliefs = session.verified(earlier=int(ahead))
+    settle(session.lm, row, (0, token), beliefs)
+    if row.control.taps:
+        row.round.studied = row.control.study(session.tapped_states(0, 1), session.lm)
 
 
 def _draft(

@@ -35,6 +35,75 @@ def _absorb(q, k, v, seen, scale, best, total, acc):
 
 
 @triton.jit
+def _turned_row(base_ptr, rope_ptr, position, d, DIM: tl.constexpr):
+    """(DIM,) of one head, rotated to its position."""
+    x = tl.load(base_ptr + d).to(tl.float32)
+    pair = tl.load(base_ptr + (d ^ 1)).to(tl.float32)
+    cos = tl.load(rope_ptr + position * DIM + (d & ~1))
+    sin = tl.load(rope_ptr + position * DIM + (d | 1))
+    return x * cos + pair * tl.where((d & 1) == 0, -sin, sin)
+
+
+@triton.jit
+def _attend_one_kernel(
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, out_ptr, part_ptr, stats_ptr, arrived_ptr, state_ptr, scale, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """As `_attention_kernel` for one new row of a query head: too little for tensor cores. The last split takes the
+    new position along with its share."""
+    head, split = tl.program_id(0), tl.program_id(1)
+    start = tl.load(state_ptr) + tl.load(state_ptr + 1)  # position of the new row
+    group: tl.constexpr = HEADS // KV_HEADS
+    kv = head // group
+    keys_ptr += kv.to(tl.int64) * capacity * DIM
+    values_ptr += kv.to(tl.int64) * capacity * DIM
+    d = tl.arange(0, DIM)
+    kind = qkv_ptr.dtype.element_ty
+    span = tl.cdiv(tl.cdiv(start, BT), SPLITS) * BT
+    begin = split * span
+    end = tl.minimum(begin + span, start)
+    q = _turned_row(qkv_ptr + head * DIM, rope_ptr, start, d, DIM).to(kind).to(tl.float32)
+    best = -1e30
+    total = 0.0
+    acc = tl.zeros((DIM,), tl.float32)
+    if split == SPLITS - 1:
+        k = _turned_row(qkv_ptr + (HEADS + kv) * DIM, rope_ptr, start, d, DIM).to(kind)
+        v = tl.load(qkv_ptr + (HEADS + KV_HEADS + kv) * DIM + d)
+        if head % group == 0:
+            tl.store(keys_ptr + start * DIM + d, k)
+            tl.store(values_ptr + start * DIM + d, v)
+        best = tl.sum(q * k.to(tl.float32), axis=0) * scale
+        total = 1.0
+        acc = v.to(tl.float32)
+    for first in tl.range(begin, end, BT):
+        t = first + tl.arange(0, BT)
+        place = t[:, None] * DIM + d[None, :]
+        k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)  # (BT, DIM)
+        v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
+        score = tl.where(t < end, tl.sum(k.to(tl.float32) * q[None, :], axis=1) * scale, -1e30)
+        higher = tl.maximum(best, tl.max(score, axis=0))
+        weight = tl.exp(score - higher)
+        shrink = tl.exp(best - higher)
+        total = total * shrink + tl.sum(weight, axis=0)
+        acc = acc * shrink + tl.sum(v.to(tl.float32) * weight[:, None], axis=0)
+        best = higher
+    mine = head * SPLITS + split
+    tl.store(part_ptr + mine * DIM + d, acc)
+    tl.store(stats_ptr + mine * 2, best)
+    tl.store(stats_ptr + mine * 2 + 1, total)
+    tl.debug_barrier()  # all of this program's stores come before its arrival
+    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
+        every = head * SPLITS + tl.arange(0, SPLITS)
+        tops = tl.load(stats_ptr + every * 2, cache_modifier=".cg")
+        sums = tl.load(stats_ptr + every * 2 + 1, cache_modifier=".cg")
+        parts = tl.load(part_ptr + every[:, None] * DIM + d[None, :], cache_modifier=".cg")  # (SPLITS, DIM)
+        share = tl.exp(tops - tl.max(tops, axis=0))
+        joined = tl.sum(parts * share[:, None], axis=0) / tl.sum(sums * share, axis=0)
+        tl.store(out_ptr + head * DIM + d, joined.to(out_ptr.dtype.element_ty))
+        tl.store(arrived_ptr + head, 0)
+
+
+@triton.jit
 def _attention_kernel(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, out_ptr, part_ptr, stats_ptr, arrived_ptr, state_ptr, scale, capacity,
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
@@ -116,10 +185,12 @@ class Attention:
         self.group = heads // kv_heads
         self.block = max(16, triton.next_power_of_2(rows * self.group))  # query rows of a KV head
         most = 32 if self.block <= 32 else 8  # joining parts of many rows takes long
-        self.splits = min(most, max(2, 1 << (PROGRAMS // kv_heads).bit_length() - 1))
-        self.part = torch.empty(kv_heads, self.splits, self.block, dim, device=device)
-        self.stats = torch.empty(kv_heads, self.splits, 2, self.block, device=device)
-        self.arrived = torch.zeros(kv_heads, dtype=torch.int32, device=device)
+        programs = heads if rows == 1 else kv_heads
+        self.splits = min(most, max(2, 1 << (PROGRAMS // programs).bit_length() - 1))
+        shape = (heads, self.splits, 1) if rows == 1 else (kv_heads, self.splits, self.block)
+        self.part = torch.empty(*shape, dim, device=device)
+        self.stats = torch.empty(*shape, 2, device=device)
+        self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, rope: Tensor, out: Tensor, state: Tensor) -> None:
         """Store the new keys and values, attend, and write (rows, heads D) to `out`.
@@ -130,8 +201,16 @@ class Attention:
             rope: (positions, D / 2, 2) float32 cosines and sines.
             state: (.,) int64: state[0] + state[1] is the position of the first row.
         """
+        tensors = (qkv, keys, values, rope, out, self.part, self.stats, self.arrived, state)
+        if self.rows == 1:
+            _attend_one_kernel[(self.heads, self.splits)](
+                *tensors, self.dim**-0.5, keys.shape[2],
+                HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, BT=BLOCK // 2, SPLITS=self.splits,
+                num_warps=4, num_stages=2,
+            )  # fmt: skip
+            return
         _attention_kernel[(self.kv_heads, self.splits)](
-            qkv, keys, values, rope, out, self.part, self.stats, self.arrived, state, self.dim**-0.5, keys.shape[2],
+            *tensors, self.dim**-0.5, keys.shape[2],
             ROWS=self.rows, HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, GROUP=self.group,
             BR=self.block, BJ=max(16, triton.next_power_of_2(self.rows)), BT=BLOCK, SPLITS=self.splits,
             num_warps=4 if self.block <= 32 else 8, num_stages=2,

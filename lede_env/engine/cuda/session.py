@@ -7,7 +7,7 @@ the device, filled by one copy before each graph, so a graph serves every round.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,9 @@ class GraphSession(Session):
         self._out, self._out_host = torch.zeros(SIZE, device=device), torch.zeros(SIZE).pin_memory()
         # accepted drafts and the token after them; -log p_max of each open slot
         self._verdict = torch.zeros(2 + width, dtype=torch.float64, device=device)
-        self._verdict_host = torch.zeros(2 + width, dtype=torch.float64).pin_memory()
+        self._verdicts = deque(
+            (torch.zeros(2 + width, dtype=torch.float64).pin_memory(), torch.cuda.Event()) for _ in range(2)
+        )
         self._ready = torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
@@ -90,11 +92,15 @@ class GraphSession(Session):
         """Begin a round: slot 0 holds the pending token; run it through layers 1..goal."""
         self._enter(goal, token)
 
-    def open_ahead(self) -> None:
-        """After `verify` of a plain step and before `verified`: close its round, and begin the next with the token
-        that is still on the device, at full depth."""
-        self.close_round(0, 1)
-        self._enter(self.lm.n_layers, -1)
+    def step(self, token: int, uniforms: Sequence[float], sampling: Sampling, doubts: bool) -> None:
+        """A plain round as a whole, of the pending token or, -1, of the last step's, still on the device."""
+
+        def body() -> None:
+            self._embed_and_run(self.lm.n_layers)
+            self._verify(1, sampling, doubts)
+
+        self._replay(("step", sampling, doubts), body, slot=0, token=token, uniforms=uniforms)
+        self._settle()
 
     def extend(self, goal: int) -> None:
         """Open the next slot with the token just drawn, still on the device, and run it through layers 1..goal."""
@@ -133,13 +139,21 @@ class GraphSession(Session):
         rows = self.width if drafts else 1
         key, body = ("verify", rows, sampling, doubts), lambda: self._verify(rows, sampling, doubts)
         self._replay(key, body, slot=0, drafts=drafts, uniforms=uniforms)
-        self._verdict_host.copy_(self._verdict, non_blocking=True)
-        self._ready.record()
+        self._settle()
 
-    def verified(self) -> tuple[int, int, list[float]]:
-        """Wait for `verify`: drafts accepted, the token after them, and -log p_max of each slot."""
-        self._ready.synchronize()
-        accepted, token, *doubts = self._verdict_host.tolist()
+    def _settle(self) -> None:
+        """Bring the verdict home: into the other of two places, for the host may not have read the last one yet."""
+        self._verdicts.append(self._verdicts.popleft())
+        host, ready = self._verdicts[-1]
+        host.copy_(self._verdict, non_blocking=True)
+        ready.record()
+
+    def verified(self, earlier: int = 0) -> tuple[int, int, list[float]]:
+        """Wait for `verify` or `step`, the last one or the one before: drafts accepted, the token after them, and
+        -log p_max of each slot."""
+        host, ready = self._verdicts[-1 - earlier]
+        ready.synchronize()
+        accepted, token, *doubts = host.tolist()
         return int(accepted), int(token), doubts
 
     # Moving slots: what `Session.advance` calls.
