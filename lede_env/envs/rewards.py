@@ -70,7 +70,11 @@ class PaperDraftReward:
 
     def of_round(self, candidate: Any, continues: Any, drafted: Any, accepted: Any, emitted: Any, cost: Any) -> tuple:
         table = self.table
-        return table.accepted.take(candidate) * accepted, table.rejected * (drafted - accepted), table.continue_ * continues
+        return (
+            table.accepted.take(candidate) * accepted,
+            table.rejected * (drafted - accepted),
+            table.continue_ * continues,
+        )
 
 
 @dataclass(frozen=True)
