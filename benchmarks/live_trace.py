@@ -68,7 +68,8 @@ def draw_as_recorded(live: Any, replayed: Any) -> None:
     """Has the live environments decode with the seeds of the texts that the trace would choose."""
 
     def start(table: Any, trace_table: Any, begin: Any, lane: int, prompt: int, seed: int) -> None:
-        text = trace_table.texts(np.array([prompt]), np.array([seed]))[0]
+        place = trace_table.prompt_ids.index(table.prompt_ids[prompt])  # the two list them in orders of their own
+        text = trace_table.texts(np.array([place]), np.array([seed]))[0]
         begin(lane, prompt, int(trace_table.trace.text_seeds[text]))
 
     for table, trace_table in zip(backends_of(live), backends_of(replayed), strict=True):

@@ -4,8 +4,9 @@
 Every pinned value is an argument of `gym.make`; other temperatures are arguments, not ids. With `backend="trace"` and
 no `trace`, an id plays the shipped trace of its model at its temperature (`lede_env.data.registry`).
 
-Episodes end by themselves: `max_new_tokens` truncates them, so no spec has `max_episode_steps`, which would be a
-`TimeLimit` in steps around every environment. No spec has a `reward_threshold`: none is known yet.
+Episodes end by themselves: `max_new_tokens` truncates them. So no spec has `max_episode_steps`: it would put a
+`TimeLimit` in steps around every environment, which `max_new_tokens`, an argument, could not move. The
+`reward_threshold` of an id is what is known to be within reach of a policy that only observes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ _MODELS: dict[str, tuple[str, str, float]] = {
     "codellama-7b": ("CodeLlama-7B", "codellama-7b-h200", 2.219),
     "codellama-34b": ("CodeLlama-34B", "codellama-34b-h200", 2.356),
 }
+
+
+# Mean return over the test prompts (`split="test"`) of the observation-limited reference, trees that learned from the
+# training prompts with full information: python -m agents.reference_trees --env-id ID. A slow test recomputes it.
+_THRESHOLDS = {"LEDE-Tiny-v0": 177.2, "LEDE-Tiny-Draft-v0": 148.0}
 
 
 def _table() -> dict[str, ExitConfig]:
@@ -77,6 +83,7 @@ def register_all() -> None:
                 entry_point=f"lede_env.envs.{mdp}_env:Speculative{mdp.title()}Env",
                 vector_entry_point=f"lede_env.envs.{mdp}_vector_env:Speculative{mdp.title()}VectorEnv",
                 kwargs=asdict(config),
+                reward_threshold=_THRESHOLDS.get(env_id),
                 disable_env_checker=True,  # it would re-check every step; the tests run check_env
                 order_enforce=False,  # the environment checks for itself, with a clearer message
             )
