@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test browser lint bench clean
+.PHONY: setup demo test browser lint bench leaderboard-check clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.cpu_speed
+
+# A few agents of the leaderboard again, against the committed intervals.
+leaderboard-check: $(STAMP)
+	$(PY) -m benchmarks.offline_rl --check
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

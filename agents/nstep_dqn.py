@@ -425,7 +425,10 @@ class NStepDQN:
     """This agent on the leaderboard: from the file alone, for as many transitions as the other agents."""
 
     learns_from = "data"
-    grid: tuple[dict[str, Any], ...] = ({"n_step": 1}, {"n_step": 3})
+    grid: tuple[dict[str, Any], ...] = (
+        {"n_step": 1, "learning_rate": 3e-3, "sigma": 0.5},
+        {"n_step": 1, "learning_rate": 3e-3, "sigma": 0.1},
+    )
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings

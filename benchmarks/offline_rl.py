@@ -71,7 +71,7 @@ class Args:
     agents: tuple[str, ...] = tuple(AGENTS)  # rows
     agent: tuple[str, ...] = ()  # more rows: module:Class each
     seeds: int = 5
-    updates: int = 400  # gradient steps of a training, batches of 256
+    updates: int = 1000  # gradient steps of a training, batches of 256
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)  # processes, a thread each
     runs: Path = Path("runs/offline_rl")  # every run's result, policy and TensorBoard files
     out: Path = RESULTS / "offline_rl"  # folder of the tables and the figure
@@ -251,11 +251,14 @@ def check(args: Args, console: Console) -> None:
     """The short version: train some of the committed runs again, by their settings and seeds, and compare.
 
     Raises:
-        LedeError: an agent's score lies outside the interval of its committed runs.
+        LedeError: an agent has no committed runs, or its score lies outside their interval.
     """
     with (args.out / "runs.csv").open(newline="") as file:
         committed = [row for row in csv.DictReader(file) if _is_checked(row)]
     runs = [Run.of_row(row) for row in committed]
+    missing = set(CHECKED) - {run.agent for run in runs}
+    if missing:
+        raise LedeError(f"{args.out / 'runs.csv'} has no runs of {', '.join(missing)}; run the whole leaderboard first")
     with tempfile.TemporaryDirectory() as folder:
         results = execute(replace(args, runs=Path(folder)), runs, "training again", console)
     rows = []
