@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test browser lint bench datasets clean
+.PHONY: setup demo test browser lint bench datasets leaderboard-check clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ bench: $(STAMP)
 datasets: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m agents.collectors
 	$(PY) -m lede_env.cli dataset make all --out datasets --force
+
+# A few agents of the leaderboard again, against the committed intervals.
+leaderboard-check: $(STAMP)
+	$(PY) -m benchmarks.offline_rl --check
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

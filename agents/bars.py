@@ -137,7 +137,7 @@ class Logistic:
     """
 
     learns_from = "data"
-    grid = tuple({"odds": odds} for odds in (0.25, 0.5, 1.0, 2.0, 4.0))
+    grid = tuple({"odds": odds} for odds in (1.0, 2.0, 4.0, 8.0))
     deterministic = True
 
     def __init__(self, odds: float = 1.0, iterations: int = 20):

@@ -58,8 +58,8 @@ class Args:
     datasets: tuple[str, ...] = ("tiny/medium-replay-v0", "tiny/random-v0")  # of the agent's constants
     features: str = "paper"  # what the policies observe
     episodes: int = 100  # of random play, for each of the problem's constants
-    seeds: int = 3
-    updates: int = 400  # of a training, in batches of 256: eight times as many of 32
+    seeds: int = 2
+    updates: int = 800  # of a training, in batches of 256: eight times as many of 32
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     runs: Path = Path("runs/nstep_sweep")  # finished runs of the agent's constants
     out: Path = RESULTS / "nstep_sweep"
