@@ -1,12 +1,14 @@
 """The policies that log the datasets: the best static setting, an expert, a learner's checkpoints.
 
-- static: of all fixed settings, the one of the highest return on the training prompts.
+- static: of all fixed settings, the one of the highest return on the training prompts, at each temperature.
 - expert: full information. On a trace what every decision leads to is known, so the advantage of exiting over
   continuing, under the policy as it stands, is exact; a network learns it from what a policy observes, and the
   advantages are computed anew (fitted policy iteration). The iteration that is best on the validation prompts stays.
 - replay: a DQN that plays epsilon-greedily in blocks of episodes, its network fixed within a block, and learns after
   each from all of its episodes on training prompts. `medium` is the first network half-way between static and expert on
   the validation prompts; the blocks before it are the dataset `medium-replay`.
+
+Expert and learner are trained on greedy texts, and log the variants at a temperature too.
 
     python -m agents.collectors    # writes lede_env/models/tiny/collectors, from which `lede dataset make` makes all
 """
@@ -321,8 +323,12 @@ def make_collectors(args: Args, problem: Problem, report: Callable[[str], None])
     folder = args.out / problem.mdp
     train, validation = Bench.of(problem, "train"), Bench.of(problem, "validation")
     static = best_static(train)
+    settings = {f"{problem.temperature:g}": static}
+    for variant in PROBLEMS.values():
+        if variant.mdp == problem.mdp and variant != problem:
+            settings[f"{variant.temperature:g}"] = best_static(Bench.of(variant, "train"))
     scores = {"static": score_of(validation, static_policy(static), args)}
-    report(f"static {static}: {scores['static']:.1f}")
+    report(f"static {settings}: {scores['static']:.1f}")
     best: tuple[float, MLPPolicy | None] = (-np.inf, None)
     for score, policy in train_expert(args, train, validation, static_policy(static)):
         report(f"expert: {score:.1f}")
@@ -341,7 +347,7 @@ def make_collectors(args: Args, problem: Problem, report: Callable[[str], None])
         policy.save(folder / f"replay-{number:02d}")
     values = {
         "epsilon": args.epsilon,
-        "static": static,
+        "static": settings,
         "replay_epsilons": [epsilon for epsilon, _, _ in checkpoints],
         "block": args.block,
         "command": "python -m agents.collectors",

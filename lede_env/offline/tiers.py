@@ -25,7 +25,7 @@ VERSION = "v0"
 TIERS = {
     "random": "a fair coin at every decision",
     "static": "the best fixed setting on the training prompts",
-    "medium": "the learner's first checkpoint half-way between static and expert on the validation prompts",
+    "medium": "the learner's first checkpoint half-way between static and expert on the (greedy) validation prompts",
     "medium-replay": "the buffer of the epsilon-greedy learner on its way to that checkpoint",
     "expert": "the best policy that decides by what it observes, learned from full information",
     "mixed": "random, static, medium and expert in turn, episode by episode",
@@ -93,7 +93,7 @@ def recipe_of(name: str) -> Recipe:
     prefix, _, rest = name.partition("/")
     problem, tier = PROBLEMS[prefix], rest.removesuffix(f"-{VERSION}")
     collectors = Collectors.of(problem.mdp)
-    behaviours = collectors.behaviours(tier)
+    behaviours = collectors.behaviours(tier, problem.temperature)
     return Recipe(
         name=name,
         problem=problem,
@@ -112,7 +112,7 @@ class Collectors:
 
     folder: Path
     epsilon: float  # of static, medium and expert
-    static: dict[str, int]  # layer; draft MDP: speculation and cap too
+    static: dict[str, dict[str, int]]  # by temperature: layer; draft MDP: speculation and cap too
     replay_epsilons: tuple[float, ...]  # of the learner's checkpoints, in order
     block: int  # episodes it played with each
     command: str
@@ -133,12 +133,12 @@ class Collectors:
         values["replay_epsilons"] = tuple(values["replay_epsilons"])
         return cls(folder=folder, **values)
 
-    def behaviours(self, tier: str) -> dict[str, ExitPolicy]:
+    def behaviours(self, tier: str, temperature: float) -> dict[str, ExitPolicy]:
         """The policies of a tier by name, in the order in which they take turns."""
         if tier == "random":
             return {"random": RandomPolicy()}
         if tier == "static":
-            return {"static": EpsilonGreedy(static_policy(self.static), self.epsilon)}
+            return {"static": EpsilonGreedy(static_policy(self.static[f"{temperature:g}"]), self.epsilon)}
         if tier in ("medium", "expert"):
             return {tier: EpsilonGreedy(load_policy(self.folder / tier), self.epsilon)}
         if tier == "medium-replay":
@@ -148,7 +148,8 @@ class Collectors:
                 for name, epsilon in zip(names, self.replay_epsilons, strict=True)
             }
         if tier == "mixed":
-            return {name: self.behaviours(name)[name] for name in ("random", "static", "medium", "expert")}
+            parts = ("random", "static", "medium", "expert")
+            return {name: self.behaviours(name, temperature)[name] for name in parts}
         return {}
 
 
