@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import lede_env
+from lede_env import cli
 from lede_env.data.dataset import Dataset
 from lede_env.data.trajectory_file import COLUMNS, checksum
 from lede_env.data.trajectory_layout import TABLES
@@ -144,3 +145,18 @@ def test_nothing_and_unknown_boundaries_are_refused(dataset):
         dataset.to_d3rlpy("round")
     with pytest.raises(LedeError, match="nothing to export"):
         dataset.take([]).to_d3rlpy()
+
+
+def test_the_command_exports(tmp_path, monkeypatch):
+    d3rlpy = pytest.importorskip("d3rlpy")
+    path = tmp_path / "out.h5"
+    command = ["lede", "dataset", "export", "tiny-draft/random-v0", "--to", "d3rlpy", "--out", str(path)]
+    monkeypatch.setattr("sys.argv", [*command, "--split", "validation", "--features", "paper"])
+    cli.main()
+    buffer = d3rlpy.dataset.ReplayBuffer.load(str(path), d3rlpy.dataset.InfiniteBuffer())
+    part = lede_env.load_dataset("tiny-draft/random-v0", split="validation", features="paper")
+    assert buffer.transition_count == part.n_rows
+    np.testing.assert_array_equal(np.concatenate([episode.observations for episode in buffer.episodes]),
+                                  part["observations"])  # fmt: skip
+    with pytest.raises(SystemExit):  # it is there
+        cli.main()
