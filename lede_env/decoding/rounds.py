@@ -129,14 +129,14 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
     """Whether the row makes another draft this round."""
     if row.trace is not None:
         row.draft_trace.append(-signals.log_p_max)
-    if row.doubts:
-        first, second = signals.largest[:2]
-        row.doubt += float(draft_doubt(first - second))
     if row.round.drafts[-1] in lm.eos_ids:
         return False
     if len(row.round.drafts) >= row.limit:
         row.round.limited = row.limit < row.control.cap
         return False
+    if row.doubts:
+        first, second = signals.largest[:2]
+        row.doubt += float(draft_doubt(first - second))
     return row.control.keep_drafting(signals, row.round)
 
 
