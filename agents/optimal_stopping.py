@@ -43,7 +43,9 @@ class Args:
 
     traces: tuple[str, ...] = ("tiny-greedy-v0", "tiny-t0.6-v0")  # names or files; all count alike
     cost_model: str = "tiny-cpu"  # what time costs
-    features: tuple[str, ...] = ("margin", "layer", "match", "echo", "phase", "position")  # what the policy observes
+    features: tuple[str, ...] = (  # what the policy observes
+        "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature",
+    )  # fmt: skip
     out: Path = Path("runs/optimal_stopping")  # folder for history.csv and policy/
     seed: int = 1  # one seed reproduces a run bit for bit on one CPU thread (OMP_NUM_THREADS=1)
 

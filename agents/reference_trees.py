@@ -11,7 +11,7 @@ to learn from and is no policy file: it is scored on traces alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,19 +67,25 @@ class TreePolicy:
         return exits
 
 
-def fit_reference(env_id: str, split: str = "train", seed: int = 0, **kwargs: Any) -> TreePolicy:
-    """Fit the reference of an environment on its trace; all features.
+def fit_reference(
+    env_id: str, split: str = "train", seed: int = 0, features: str | Sequence[str] = "extended", **kwargs: Any
+) -> TreePolicy:
+    """Fit the reference of an environment on its trace.
 
     Args:
         env_id: either MDP.
         split: prompts to learn from.
+        features: what it observes; `layer` and, on the draft MDP, `position` say which decision is asked.
         kwargs: arguments of the environment, to override what the id pins.
 
     Raises:
-        LedeError: as `lede_env.evaluate`; or scikit-learn is missing.
+        LedeError: as `lede_env.evaluate`; those two features are missing, or scikit-learn is.
     """
-    env: Any = gym.make(env_id, **{"backend": "trace", "split": split, **kwargs, "features": "extended"}).unwrapped
+    env: Any = gym.make(env_id, **{"backend": "trace", "split": split, **kwargs, "features": features}).unwrapped
     table, fit = tabulate(env), _fitter(seed)
+    needed = {"layer", "position"} if isinstance(table, DraftTable) else {"layer"}
+    if not needed.issubset(env.features):
+        raise LedeError(f"features={env.features}: the reference needs {sorted(needed)} to tell decisions apart")
     walk, drafting = _exit_trees(table, fit) if isinstance(table, ExitTable) else ({}, {})
     cap = table.mdp.cap if isinstance(table, DraftTable) else 1
     if isinstance(table, DraftTable):

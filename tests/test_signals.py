@@ -18,6 +18,7 @@ from lede_env.engine.signals import (
     LogitSignals,
     TraceWindow,
     compute_features,
+    draft_doubt,
     feature_bounds,
     raw_signals,
     select_features,
@@ -67,6 +68,7 @@ def test_features_lie_within_their_bounds(logits):
     low, high = feature_bounds(DRAFT_FEATURES, logits.shape[-1])
     for share in (0.0, 1.0):
         context = dict(layer=share, trace=30.0 * share, phase=1.0 + share, position=share)
+        context |= dict(doubt=30.0 * share, temperature=1e6 * share)
         features = compute_features(DRAFT_FEATURES, raw, **context)
         assert features.dtype == np.float32 == low.dtype == high.dtype
         assert (features >= low).all() and (features <= high).all()
@@ -74,9 +76,10 @@ def test_features_lie_within_their_bounds(logits):
 
 def test_features_by_hand():
     raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5, -2.5], np.float32)
-    features = compute_features(DRAFT_FEATURES, raw, layer=0.5, trace=0.75, match=0.5, phase=2.0, position=0.25)
+    context = dict(layer=0.5, trace=0.75, match=0.5, phase=2.0, position=0.25, doubt=1.25, temperature=0.6)
+    features = compute_features(DRAFT_FEATURES, raw, **context)
     expected = dict(confidence=14.25 / 5, entropy=1.5, trace=0.75, layer=0.5, margin=1.75, top1=0.25)
-    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5)
+    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5, doubt=1.25, temperature=0.375)
     np.testing.assert_allclose(features, [expected[name] for name in DRAFT_FEATURES], rtol=1e-6)
     chosen = compute_features(("margin", "trace"), raw, layer=0.5, trace=0.75)
     np.testing.assert_allclose(chosen, [1.75, 0.75])
@@ -90,7 +93,7 @@ def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
     signals = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
     raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
-    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 0.25, 2.0, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 0.25, 2.0, 0.25, 0, 0], rtol=1e-5)
     assert signals.best == int(logits.argmax())
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
     expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25)
@@ -100,6 +103,15 @@ def test_signals_of_the_decoder():
     lazy = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
     np.testing.assert_allclose(lazy.features(cheap), [expected[DRAFT_FEATURES.index(n)] for n in cheap], rtol=1e-5)
     assert lazy._log_p is None
+
+
+def test_doubt_and_temperature():
+    two = torch.tensor([1.0, 2.5])  # of two tokens, the doubt is -log p of the best
+    assert draft_doubt(1.5) == pytest.approx(-float(two.log_softmax(-1).max()))
+    signals = LogitSignals(4, 16, position=3, cap=12, doubt=29.5, temperature=1.0, logits=two)
+    np.testing.assert_allclose(signals.features(("doubt", "temperature")), [29.5, 0.5])
+    signals.doubt += 1.0
+    assert signals.features(("doubt",)) == [30.0]
 
 
 def test_trace_window_and_trace_feature_agree():
@@ -132,11 +144,11 @@ def test_trace_of_drafts_not_yet_verified():
 def test_feature_sets():
     assert select_features("paper", "exit") == PAPER_FEATURES == ("confidence", "entropy", "trace")
     assert select_features("extended", "exit") == EXIT_FEATURES
-    assert select_features("extended", "draft") == (*EXIT_FEATURES, "phase", "position")
+    assert select_features("extended", "draft") == (*EXIT_FEATURES, "phase", "position", "doubt", "temperature")
     assert select_features(["top1", "layer"], "exit") == ("top1", "layer")
     low, high = feature_bounds(DRAFT_FEATURES, 97)
-    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0])
-    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1, 30, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,7 @@ def _make_rows(
                 out_of="length" if max_new_tokens <= room else "context",
                 trace=TraceWindow() if "trace" in strategy.reads else None,
                 lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
+                doubts="doubt" in strategy.reads,
                 text=TextStream(lm, stops) if stops or (streaming and lm.tokenizer is not None) else None,
             )
         )

@@ -66,7 +66,7 @@ def _draft(
 ) -> tuple[tuple[int, ...], bool]:
     """Make the next draft; its slot stands at the path's first layer. Returns the path of the draft after it, at whose
     first layer the next slot then stands, and whether to make that draft."""
-    trace, guess = row.context()
+    trace, guess, doubt = row.context()
     uniform = None if sampling.greedy else row.draws.next()  # of the layer it leaves at, whichever that is
     ahead = path
     for step, layer in enumerate(path):
@@ -77,7 +77,7 @@ def _draft(
             ahead = _extend(session, row, layer)
         values = session.drawn()
         place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
-        signals = ReadSignals(*place, trace, guess, values=values)
+        signals = ReadSignals(*place, trace, guess, doubt, sampling.temperature, values=values)
         lap("signals")
         if last:
             break

@@ -16,7 +16,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, no_lap
+from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, draft_doubt, no_lap
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Row:
     text: TextStream | None
     trace: TraceWindow | None  # where the strategy's signals read it; likewise the lookup
     lookup: Lookup | None
+    doubts: bool = False  # whether they read it
     tokens: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -43,16 +44,17 @@ class Row:
     limit: int = 0
     q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
     draft_trace: list[float] = field(default_factory=list)
+    doubt: float = 0.0
 
     def open_round(self) -> None:
-        self.round, self.q, self.draft_trace = Round(), [], []
+        self.round, self.q, self.draft_trace, self.doubt = Round(), [], [], 0.0
         self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
         self.round.limited = self.limit == 0 < self.control.cap
 
-    def context(self) -> tuple[float, tuple[int, float]]:
-        """The `trace` and the lookup's guess for the next draft."""
+    def context(self) -> tuple[float, tuple[int, float], float]:
+        """The `trace`, the lookup's guess and the `doubt` for the next draft."""
         trace = self.trace.mean(self.draft_trace) if self.trace is not None else 0.0
-        return trace, self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS
+        return trace, self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS, self.doubt
 
 
 @torch.inference_mode()
@@ -95,7 +97,7 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
         best = logits.argmax(-1).tolist() if sampling.greedy and len(walking) > 1 else []
         for at, row in enumerate(walking):
             path, made = paths[row.index], len(row.round.drafts)
-            context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index])
+            context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index], sampling.temperature)
             signals = LogitSignals(*context, lap=lap, logits=logits[at])
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
@@ -132,6 +134,9 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
     if len(row.round.drafts) >= row.limit:
         row.round.limited = row.limit < row.control.cap
         return False
+    if row.doubts:
+        first, second = signals.largest[:2]
+        row.doubt += float(draft_doubt(first - second))
     return row.control.keep_drafting(signals, row.round)
 
 

@@ -29,11 +29,11 @@ LOG_FLOOR = -30.0  # keeps every bound finite
 
 PAPER_FEATURES = ("confidence", "entropy", "trace")
 EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1", "match", "echo")
-DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position")
+DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature")
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
 
 # What each feature is: weights of the inputs, which are the raw signals and then the context.
-CONTEXT = ("trace", "layer", "match", "phase", "position")
+CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature")
 INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
@@ -65,7 +65,7 @@ def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
 def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of each feature, float32."""
     floor = -LOG_FLOOR
-    high = {"entropy": math.log(vocab), "layer": 1.0, "match": 1.0, "phase": 2.0, "position": 1.0}
+    high = {"entropy": math.log(vocab), "layer": 1.0, "match": 1.0, "phase": 2.0, "position": 1.0, "temperature": 1.0}
     low = {"phase": 1.0}
     names = tuple(names)
     return (
@@ -124,13 +124,26 @@ def compute_features(
     match: np.ndarray | float = 0.0,
     phase: np.ndarray | float = 1.0,
     position: np.ndarray | float = 0.0,
+    doubt: np.ndarray | float = 0.0,
+    temperature: float = 0.0,
 ) -> np.ndarray:
     """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
     inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    for place, value in enumerate((trace, layer, match, phase, position), RAW):
+    context = (trace, layer, match, phase, position, doubt, warmth(temperature))
+    for place, value in enumerate(context, RAW):
         inputs[..., place] = value
     return (inputs @ feature_matrix(names)).astype(np.float32)
+
+
+def draft_doubt(margin: Any) -> Any:
+    """How doubtful a draft's best token is, nats: -log p of it, were there only the two best. Takes no softmax."""
+    return np.log1p(np.exp(-margin))
+
+
+def warmth(temperature: float) -> float:
+    """The feature `temperature`: T / (1 + T), in [0, 1), so that it has bounds."""
+    return temperature / (1.0 + temperature)
 
 
 def no_lap(part: str) -> None:
@@ -170,6 +183,8 @@ class Signals:
     cap: int  # the most there can be
     trace: float = 0.0
     guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
+    doubt: float = 0.0  # sum of `draft_doubt` over the drafts made so far this round
+    temperature: float = 0.0  # of sampling
 
     @property
     def phase(self) -> int:
@@ -214,7 +229,8 @@ class Signals:
         token, match = self.guess
         far = LOG_FLOOR if token < 0 else max(self.guess_logit - logits[0], LOG_FLOOR)
         context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
-        return np.array((*top, spread, far, *context), np.float32)
+        of_round = (min(self.doubt, -LOG_FLOOR), warmth(self.temperature))
+        return np.array((*top, spread, far, *context, *of_round), np.float32)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""

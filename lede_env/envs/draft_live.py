@@ -17,7 +17,7 @@ from lede_env.engine.acceptance import Draws, Sampling, draw, greedy_match, spec
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Round
-from lede_env.engine.signals import LOOKUP_FEATURES, TraceWindow, compute_features, raw_signals
+from lede_env.engine.signals import LOG_FLOOR, LOOKUP_FEATURES, TraceWindow, compute_features, draft_doubt, raw_signals
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -38,9 +38,11 @@ class _Lane:
     best: int = 0  # its most probable token
     q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
     surprise: list[float] = field(default_factory=list)  # -log p_max of each draft made, the one in view included
+    doubt: float = 0.0  # of the drafts drawn
+    own_doubt: float = 0.0  # of the draft in view
 
     def open_round(self) -> None:
-        self.round, self.candidate, self.q, self.surprise = Round(), 0, [], []
+        self.round, self.candidate, self.q, self.surprise, self.doubt = Round(), 0, [], [], 0.0
 
 
 class DraftLiveBackend:
@@ -197,9 +199,12 @@ class DraftLiveBackend:
             match=np.array([match for _, match in found]),
             phase=np.where(drafts, 2, 1),
             position=drafts / self.cap,
+            doubt=np.minimum([lane.doubt for lane in lanes], -LOG_FLOOR),
+            temperature=self.sampling.temperature,
         )
         for lane, signals in zip(lanes, raw, strict=True):
             lane.surprise.append(-float(signals[0]))
+            lane.own_doubt = float(draft_doubt(signals[0] - signals[1]))
         for row, lane in zip(rows, lanes, strict=True):
             if lane.candidate == len(self.candidate_layers) - 1 or lane.round.drafts:  # no way but to keep it
                 self._draw(row)
@@ -212,7 +217,7 @@ class DraftLiveBackend:
             lane.q.append(self.sampling.probabilities(lane.logits.unsqueeze(0))[0])
             token = draw(lane.q[-1], lane.draws.next())
         self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
-        lane.kept = True
+        lane.kept, lane.doubt = True, lane.doubt + lane.own_doubt
         lane.round.drafts.append(token)
         lane.round.exits.append(self.candidate_layers[lane.candidate])
 

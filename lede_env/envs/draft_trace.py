@@ -9,7 +9,7 @@ import numpy as np
 
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features
+from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features, draft_doubt
 from lede_env.envs.trace_backend import TraceBackend
 from lede_env.errors import LedeError
 
@@ -54,7 +54,9 @@ class DraftTraceBackend(TraceBackend):
         self.run = _runs(trace, cap).reshape(-1)  # (cells,) drafts in a row that are right, from here, at most cap
         self.left = np.repeat(_tokens_left(trace, cap + 2), self._width)  # (cells,) tokens until the EOS, included
         self._position = np.arange(-1, cap) / cap  # by draft number
-        self._column = {name: features.index(name) for name in ("trace", "phase", "position") if name in features}
+        of_round = ("trace", "phase", "position", "doubt")  # not of the node alone
+        self._column = {name: features.index(name) for name in of_round if name in features}
+        self._doubts = self._draft_doubts() if "doubt" in features else np.zeros(0)  # (cells * cap,) float32
         self._traces = self._draft_traces() if "trace" in features else np.zeros(0)  # (cells * cap,) float32
 
     def cell(self, lane: Any, token: Any) -> Any:
@@ -76,6 +78,8 @@ class DraftTraceBackend(TraceBackend):
         for name, column in self._column.items():
             if name == "trace":
                 out[..., column] = self._traces.take(cell * self.cap + (draft - 1), mode="clip")
+            elif name == "doubt":
+                out[..., column] = self._doubts.take(cell * self.cap + (draft - 1), mode="clip")
             elif name == "phase":
                 out[..., column] = np.minimum(draft, 2)
             else:
@@ -103,7 +107,12 @@ class DraftTraceBackend(TraceBackend):
         candidate = np.nonzero(trace.branch >= 0)[1]  # branches ascend with (row, candidate)
         layer = np.array(trace.header.candidate_layers)[np.repeat(candidate, np.diff(trace.branch_starts))]
         return compute_features(
-            self.features, trace.branch_raw, layer=layer / trace.header.n_layers, trace=0.0, match=trace.branch_match
+            self.features,
+            trace.branch_raw,
+            layer=layer / trace.header.n_layers,
+            trace=0.0,
+            match=trace.branch_match,
+            temperature=trace.header.temperature,
         )
 
     def _edges(self) -> np.ndarray:
@@ -116,6 +125,17 @@ class DraftTraceBackend(TraceBackend):
         within = cells + 1 + np.arange(len(trace.branch_tokens))
         within[trace.branch_starts[1:] - 1] = -1
         return np.concatenate([np.where(trace.accepted, right, wrong).reshape(-1), within]).astype(np.int32)
+
+    def _draft_doubts(self) -> np.ndarray:
+        """(cells * cap,) the `doubt` feature of draft k of a round, at cell * cap + k - 1: of its drafts before k."""
+        trace, cells = self.trace, self.trace.accepted.size
+        raw = np.concatenate([trace.raw.reshape(cells, -1)[:, :2], trace.branch_raw[:, :2]])  # (nodes, 2)
+        own = draft_doubt(raw[:, 0] - raw[:, 1])
+        sums, node = np.zeros((cells, self.cap), np.float32), np.arange(cells)
+        for k in range(1, self.cap):
+            sums[:, k] = sums[:, k - 1] + own[node]
+            node = self.after[node]  # -1, where the chain ends: some node, and never looked up
+        return np.minimum(sums, -LOG_FLOOR).reshape(-1)
 
     def _draft_traces(self) -> np.ndarray:
         """(cells * cap,) the `trace` feature of draft k of a round, at cell * cap + k - 1: the mean over a window of

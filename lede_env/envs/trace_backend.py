@@ -49,6 +49,7 @@ class TraceBackend:
             layer=np.array(header.candidate_layers) / header.n_layers,
             trace=trace_means(trace)[:, None],
             match=trace.match[:, None],
+            temperature=header.temperature,
         )
         self.accepted, self.drafts, self.targets, self.ends = trace.accepted, trace.drafts, trace.targets, trace.ends
         place = np.arange(len(trace.targets)) - np.repeat(trace.starts[:-1], np.diff(trace.starts))  # (N,) in the text

@@ -1,0 +1,128 @@
+"""How much of what could be gained policies gain: modelled speedup on the draft MDP's test prompts, embedded model.
+
+    best static setting | policies | trees with full information, on the same and on all features | the clairvoyant
+
+All are exact, by the trace (lede_env/oracles.py). The static setting is the one that turns out best on these very
+prompts, so that nobody could have chosen better. By the CPU's costs, and by those of a 7B model on a GPU, whose twin
+plays the same trace with the layers renamed: another price of a head, a verification and a decision, the same text.
+A decision is whatever the cost model says it is; `decisions free` is the same play without that charge.
+
+    python -m benchmarks.policy_limits
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from rich.console import Console
+
+from agents.reference_trees import fit_reference
+from benchmarks.harness import RESULTS, machine, print_table, ratio_interval, write_results
+from lede_env.cli import clear_errors, progress_bar
+from lede_env.engine.cost_model import CostModel, load_cost_model
+from lede_env.evaluation import best_static, static_result
+from lede_env.oracles import DraftTable, Totals, tabulate
+from lede_env.policies import ExitPolicy, MLPPolicy, load_policy
+from lede_env.registration import pinned
+
+ENV_IDS = ("LEDE-Tiny-Draft-v0", "LEDE-Llama2-7B-Twin-Draft-v0")
+
+
+@dataclass
+class Args:
+    """Score policies between the best static setting and the clairvoyant optimum."""
+
+    policies: tuple[str, ...] = ("tiny",)  # the shipped one, and folders
+    env_ids: tuple[str, ...] = ENV_IDS  # each by its own cost model
+    temperatures: tuple[float, ...] = (0.0, 0.6)
+    split: str = "test"
+    reference: bool = True  # boosted trees too: a minute for each environment and temperature
+    out: Path | None = None  # folder for policy_limits.csv, .md and .json; by default benchmarks/results/cpu
+
+
+def main(args: Args) -> None:
+    console, rows = Console(), []
+    policies = {name: load_policy(name) for name in args.policies}
+    with progress_bar(console) as bar:
+        cases = [(env_id, temperature) for env_id in args.env_ids for temperature in args.temperatures]
+        for env_id, temperature in bar.track(cases, description="policies and references"):
+            rows += compare(args, env_id, temperature, policies)
+    print_table(f"modelled speedup, {args.split} prompts, embedded model", rows, console)
+    about = {"command": " ".join(["python -m benchmarks.policy_limits", *sys.argv[1:]]), **machine()}
+    write_results(args.out or RESULTS / "cpu", "policy_limits", rows, about)
+
+
+def compare(args: Args, env_id: str, temperature: float, policies: dict[str, MLPPolicy]) -> list[dict[str, Any]]:
+    """The rows of one environment and temperature."""
+    settings: dict[str, Any] = dict(backend="trace", temperature=temperature, reward="throughput")
+    env: Any = gym.make(env_id, split=args.split, features="extended", **settings).unwrapped
+    table = tabulate(env)
+    assert isinstance(table, DraftTable)
+    cost_model = pinned(env_id).cost_model
+    setting, static = fixed(table, load_cost_model(cost_model))
+    played = {setting: static}
+    learned: dict[str, ExitPolicy] = {name: policy.relabelled(table.mdp.n_layers) for name, policy in policies.items()}
+    if args.reference:
+        for name, policy in policies.items():
+            learned[f"trees on the features of {name}"] = fit_reference(env_id, features=policy.features, **settings)
+        learned["trees on all features"] = fit_reference(env_id, **settings)
+    played |= {name: table.play(table.decisions(policy)) for name, policy in learned.items()}
+    played["clairvoyant"] = best = table.fastest()
+    about = {"environment": env_id, "costs": cost_model, "T": temperature}
+    rows = [row_of(name, totals, static, best, table.mdp.decision_cost) for name, totals in played.items()]
+    return [{**about, **row} for row in rows]
+
+
+def fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
+    """The static setting that is fastest on these prompts, and its totals."""
+    texts = table.texts
+    right = table.backend.trace.accepted[texts.rows]  # (X, T, C)
+    accepted = {
+        layer: [own[there, column] for own, there in zip(right, texts.there, strict=True)]
+        for column, layer in enumerate(table.mdp.candidate_layers)
+    }
+    best, _ = best_static(accepted, costs)
+    e, d = best.exit_layer, best.speculation
+    each = [static_result([text], e, d, costs) for text in accepted[e]]
+    sums = {
+        "emitted": [result.tokens for result in each],
+        "cost": [result.cost for result in each],
+        "drafted": [result.drafted for result in each],
+        "accepted": [result.accepted for result in each],
+        "rounds": [result.rounds for result in each],
+        "exit_layers": [e * result.drafted for result in each],
+        "decisions": [0 for _ in each],
+    }
+    totals = {name: texts.per_prompt(np.array(values, np.float64)) for name, values in sums.items()}
+    return f"static e={e} d={d}, best of these prompts", totals
+
+
+def row_of(name: str, totals: Totals, static: Totals, best: Totals, decision_cost: float) -> dict[str, Any]:
+    """One policy's figures; the interval is a paired bootstrap over prompts."""
+    sums = {key: float(values.sum()) for key, values in totals.items()}
+    low, high = (float(t["emitted"].sum() / t["cost"].sum()) for t in (static, best))
+    speedup = sums["emitted"] / sums["cost"]
+    over, least, most = ratio_interval(*(np.stack([t["cost"], t["emitted"]], axis=-1) for t in (static, totals)))
+    return {
+        "policy": name,
+        "modelled speedup": speedup,
+        "over static": over,
+        "over static, 95 %": f"{least:.3f} to {most:.3f}",
+        "of the distance to the clairvoyant, %": 100.0 * (speedup - low) / (high - low),
+        "decisions free": sums["emitted"] / (sums["cost"] - sums["decisions"] * decision_cost),
+        "decisions a round": sums["decisions"] / sums["rounds"],
+        "E": sums["exit_layers"] / sums["drafted"],
+        "d": sums["drafted"] / sums["rounds"],
+        "acceptance": sums["accepted"] / sums["drafted"],
+    }
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Args))
