@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from lede_env.engine.signals import (
+    CONFIDENCE_K,
     DRAFT_FEATURES,
     EXIT_FEATURES,
     LOG_FLOOR,
     PAPER_FEATURES,
     RAW,
+    TOP,
     TRACE_WINDOW,
     LogitSignals,
     TraceWindow,
@@ -93,7 +95,9 @@ def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
     signals = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
     raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
-    np.testing.assert_allclose(signals.inputs(DRAFT_FEATURES), [*raw, 0.5, 0.25, 0.25, 2.0, 0.25, 0, 0], rtol=1e-5)
+    inputs = signals.inputs(DRAFT_FEATURES)  # of the largest logits only those that a feature is made of
+    np.testing.assert_allclose(inputs[:CONFIDENCE_K], raw[:CONFIDENCE_K], rtol=1e-5)
+    np.testing.assert_allclose(inputs[TOP:], [*raw[TOP:], 0.5, 0.25, 0.25, 2.0, 0.25, 0, 0], rtol=1e-5)
     assert signals.best == int(logits.argmax())
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
     expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25)

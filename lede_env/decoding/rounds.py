@@ -135,7 +135,7 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         row.round.limited = row.limit < row.control.cap
         return False
     if row.doubts:
-        first, second = signals.largest[:2]
+        first, second = signals.largest(2)[:2]
         row.doubt += float(draft_doubt(first - second))
     return row.control.keep_drafting(signals, row.round)
 

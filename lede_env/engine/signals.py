@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,12 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
     return ((total[here] - total[begin]) / np.maximum(here - begin, 1)).astype(np.float32)
 
 
+@cache
+def logits_read(names: tuple[str, ...]) -> int:
+    """How many of the largest logits these features are made of."""
+    return 1 + max((place for name in names for place in FEATURES[name] if place < TOP), default=0)
+
+
 @dataclass(slots=True)
 class Signals:
     """What a strategy may ask of one row at one layer. Where its numbers come from is a subclass's business."""
@@ -191,9 +198,8 @@ class Signals:
         """1 while walking for the round's first draft, 2 afterwards."""
         return 2 if self.position else 1
 
-    @property
-    def largest(self) -> list[float]:
-        """Up to TOP of the largest logits, descending: those that features are made of at least."""
+    def largest(self, count: int) -> list[float]:
+        """The largest logits, descending: `count` of them or more, or as many as there are."""
         raise NotImplementedError
 
     @property
@@ -222,7 +228,7 @@ class Signals:
 
     def inputs(self, names: Sequence[str]) -> np.ndarray:
         """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
-        logits = self.largest
+        logits = self.largest(logits_read(tuple(names)))
         best = self.log_p_max if _NORMALISED.intersection(names) else 0.0  # a shift that differences do not feel
         top = [max(best + (logit - logits[0]), LOG_FLOOR) for logit in logits] + [LOG_FLOOR] * (TOP - len(logits))
         spread = self.entropy if "entropy" in names else 0.0
@@ -244,26 +250,41 @@ class LogitSignals(Signals):
     logits: Tensor = field(kw_only=True)
     lap: Callable[[str], None] = no_lap  # the profile's stopwatch
     _log_p: Tensor | None = None
-    _top: tuple[list[float], Tensor] | None = None  # the TOP largest logits, descending, and their tokens
+    _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
+    _best: int = -1
 
     @property
     def log_p(self) -> Tensor:
         """(V,) log-probabilities at temperature 1."""
         if self._log_p is None:
-            self._log_p = self._booked(lambda: log_probabilities(self.logits))
+            self.lap("policy")
+            self._log_p = log_probabilities(self.logits)
+            self.lap("signals")
         return self._log_p
 
     @property
-    def largest(self) -> list[float]:
-        if self._top is None:
-            values, tokens = self._booked(lambda: self.logits.topk(min(TOP, len(self.logits))))
-            self._top = values.tolist(), tokens
-        return self._top[0]
+    def numbers(self) -> np.ndarray:
+        """The logits on the host."""
+        if self._numbers is None:
+            self._numbers = self.logits.cpu().numpy()
+        return self._numbers
+
+    def largest(self, count: int) -> list[float]:
+        numbers, best = self.numbers, self.best
+        if count <= 2:
+            others = (numbers[:best].max(initial=-np.inf), numbers[best + 1 :].max(initial=-np.inf))
+            return [float(numbers[best]), float(max(others))][: len(numbers)]
+        count = min(count, len(numbers))
+        return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
 
     @property
     def best(self) -> int:
         """The most probable token."""
-        return int(self.logits.argmax() if self._top is None else self._top[1][0])
+        if self._best < 0:
+            self.lap("policy")
+            self._best = int(self.numbers.argmax())
+            self.lap("signals")
+        return self._best
 
     @property
     def log_p_max(self) -> float:
@@ -275,14 +296,7 @@ class LogitSignals(Signals):
 
     @property
     def guess_logit(self) -> float:
-        return float(self.logits[self.guess[0]])
+        return float(self.numbers[self.guess[0]])
 
     def probability(self, token: int) -> float:
         return float(self.logits.softmax(-1)[token])
-
-    def _booked(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, its time booked on the signals."""
-        self.lap("policy")
-        found = compute()
-        self.lap("signals")
-        return found

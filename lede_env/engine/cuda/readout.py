@@ -115,8 +115,7 @@ class ReadSignals(Signals):
 
     values: list[float] = field(kw_only=True)
 
-    @property
-    def largest(self) -> list[float]:
+    def largest(self, count: int) -> list[float]:
         return [value for value in self.values[:TOP] if value > float("-inf")]
 
     @property
