@@ -426,8 +426,8 @@ class NStepDQN:
 
     learns_from = "data"
     grid: tuple[dict[str, Any], ...] = (
+        {"n_step": 1, "learning_rate": 1e-3, "sigma": 0.5},
         {"n_step": 1, "learning_rate": 3e-3, "sigma": 0.5},
-        {"n_step": 1, "learning_rate": 3e-3, "sigma": 0.1},
     )
 
     def __init__(self, **settings: Any) -> None:
