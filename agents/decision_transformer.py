@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.d3rlpy_offline import HIDDEN, import_d3rlpy, scaler
+from agents.d3rlpy_offline import HIDDEN, import_d3rlpy, scalers
 from agents.task import Task
 from lede_env.errors import LedeError
 from lede_env.oracles import DraftTable, ExitTable
@@ -78,8 +78,9 @@ class DecisionTransformer:
         longest = walks["masks"].shape[1]
         algorithm = d3rlpy.algos.DiscreteDecisionTransformerConfig(
             batch_size=self.batch_size, learning_rate=self.learning_rate, context_size=longest, max_timestep=longest,
-            num_heads=1, num_layers=1, observation_scaler=scaler(task), warmup_tokens=10 * self.batch_size * longest,
+            num_heads=1, num_layers=1, warmup_tokens=10 * self.batch_size * longest,
             final_tokens=task.updates * self.batch_size * longest,
+            observation_scaler=scalers(task)["observation_scaler"],
             encoder_factory=d3rlpy.models.encoders.VectorEncoderFactory(hidden_units=HIDDEN),
         ).create()  # fmt: skip
         algorithm.create_impl((len(task.features),), 2)

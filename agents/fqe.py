@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.d3rlpy_offline import GAMMA, HIDDEN, TARGET_EVERY, Offline, import_d3rlpy, learn, scaler
+from agents.d3rlpy_offline import GAMMA, HIDDEN, REWARD_SCALE, TARGET_EVERY, Offline, import_d3rlpy, learn, scalers
 from agents.task import BATCH, Task
 from lede_env.errors import LedeError
 from lede_env.oracles import ExitTable
@@ -21,14 +21,14 @@ def fitted_value(agent: Offline, task: Task, updates: int, learning_rate: float 
     config = d3rlpy.ope.FQEConfig(
         learning_rate=learning_rate, batch_size=BATCH, gamma=GAMMA, target_update_interval=TARGET_EVERY,
         # It hands its scaled observations to the policy's network as they are: the scalers must be the same.
-        observation_scaler=scaler(task),
+        **scalers(task),
         encoder_factory=d3rlpy.models.encoders.VectorEncoderFactory(hidden_units=HIDDEN),
     )  # fmt: skip
     evaluation = d3rlpy.ope.DiscreteFQE(agent.algorithm, config)
     evaluation.create_impl((len(task.features),), 2)
     learn(evaluation, task, lambda step, loss: None, updates)
     first = task.transitions["observations"][first_rows(task)]
-    return float(evaluation.predict_value(first, agent.algorithm.predict(first)).mean())
+    return float(evaluation.predict_value(first, agent.algorithm.predict(first)).mean()) / REWARD_SCALE
 
 
 def exact_value(policy: ExitPolicy, task: Task) -> float:

@@ -31,7 +31,7 @@ class Args:
     datasets: tuple[str, ...] = ("tiny/mixed-v0", "tiny/medium-replay-v0", "tiny/random-v0", "tiny/expert-v0")
     agents: tuple[str, ...] = ("DQN", "BC")  # classes of agents.d3rlpy_offline
     features: str = "extended"
-    seeds: int = 3
+    seeds: int = 2
     updates: int = 400  # of a training, batches of 256
     fqe_updates: int = 600
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)

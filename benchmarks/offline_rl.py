@@ -4,9 +4,9 @@
     python -m benchmarks.offline_rl --agent my_module:MyAgent  # and yours (agents/README.md)
     python -m benchmarks.offline_rl --check                    # a short version, held against the committed intervals
 
-Settings are chosen by the score on the validation prompts, with a seed of their own, on the first dataset, for each
-agent and set of features; the policy that training ends with is scored, not the best on the way. Agents that learn from
-the trace or by playing need no dataset, and run once a seed.
+Settings are chosen by the score on the validation prompts, with a seed of their own, for each agent, dataset and set
+of features; the policy that training ends with is scored, not the best on the way. Agents that learn from the trace or
+by playing need no dataset, and run once a seed.
 """
 
 from __future__ import annotations
@@ -149,27 +149,27 @@ def entries_of(args: Args) -> Iterable[Entry]:
                 yield Entry(name, source, found.learns_from, tuple(found.grid), dataset, features)
 
 
-def choose(args: Args, entries: Sequence[Entry], console: Console) -> dict[tuple[str, str], dict[str, Any]]:
-    """(agent, features) -> the settings with the highest score on the validation prompts."""
-    first = {(entry.agent, entry.features): entry for entry in reversed(entries)}  # on the first dataset
-    trials = [(key, settings) for key, entry in first.items() if len(entry.grid) > 1 for settings in entry.grid]
-    runs = [first[key].run(settings, TUNING_SEED, args.updates) for key, settings in trials]
-    chosen, best = {key: entry.grid[0] for key, entry in first.items()}, dict.fromkeys(first, -np.inf)
-    for (key, settings), result in zip(trials, execute(args, runs, "choosing settings", console), strict=True):
+def choose(args: Args, entries: Sequence[Entry], console: Console) -> list[dict[str, Any]]:
+    """The settings of each entry with the highest score on the validation prompts."""
+    choices = [(index, entry.grid) for index, entry in enumerate(entries) if len(entry.grid) > 1]
+    trials = [(index, settings) for index, grid in choices for settings in grid]
+    runs = [entries[index].run(settings, TUNING_SEED, args.updates) for index, settings in trials]
+    chosen, best = [entry.grid[0] for entry in entries], [-np.inf] * len(entries)
+    for (index, settings), result in zip(trials, execute(args, runs, "choosing settings", console), strict=True):
         score = result["validation"]["normalised_score"]
-        if score > best[key]:
-            best[key], chosen[key] = score, settings
+        if score > best[index]:
+            best[index], chosen[index] = score, settings
     return chosen
 
 
 def play(
-    args: Args, entries: Sequence[Entry], chosen: dict[tuple[str, str], dict[str, Any]], console: Console
+    args: Args, entries: Sequence[Entry], chosen: Sequence[dict[str, Any]], console: Console
 ) -> list[list[dict[str, Any]]]:
     """The results of every entry, a list of one a seed."""
     seeds = [range(1, 2 if entry.deterministic else args.seeds + 1) for entry in entries]
     runs = [
-        entry.run(chosen[entry.agent, entry.features], seed, args.updates)
-        for entry, own in zip(entries, seeds, strict=True)
+        entry.run(settings, seed, args.updates)
+        for entry, settings, own in zip(entries, chosen, seeds, strict=True)
         for seed in own
     ]
     results = iter(execute(args, runs, "training", console))

@@ -101,7 +101,7 @@ def test_fqe_comes_near_the_truth(task):
     policy = agent.train(replace(task, updates=100))
     error = fitted_value(agent, task, updates=600) - exact_value(policy, task)
     rewards = task.transitions["rewards"]
-    assert abs(error) < 0.5 * rewards.std()
+    assert abs(error) < 0.2 * rewards.std()
     assert len(first_rows(task)) == (task.dataset["discount"] == 0).sum()
 
 
@@ -111,7 +111,7 @@ def test_the_hand_written_dqn_agrees_with_d3rlpys(log):
     for name, agent in (("ours", NStepDQN(n_step=1, gamma=GAMMA)), ("theirs", d3rlpy_offline.DQN(1e-3))):
         scores = []
         for seed in (1, 2, 3):
-            task = small_task(log, seed=seed, updates=250)
+            task = small_task(log, seed=seed, updates=400)
             scores.append(judge(agent.train(task), task.env_id, "validation", task.env_kwargs).normalised_score)
         intervals[name] = bootstrap(np.array([scores]))
     (low, high), (other_low, other_high) = intervals.values()
