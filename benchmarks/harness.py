@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Hardware, versions and commit: what a figure came from. A copy without git says its commit by LEDE_COMMIT."""
+    """Hardware, versions and commit: what a figure came from. A copy of a checkout says its commit by LEDE_COMMIT."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
@@ -44,7 +44,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        "commit": commit.stdout.strip() or os.environ.get("LEDE_COMMIT", "no git checkout"),
+        "commit": os.environ.get("LEDE_COMMIT") or commit.stdout.strip() or "no git checkout",
         "date": time.strftime("%Y-%m-%d"),
     }
 

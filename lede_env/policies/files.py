@@ -21,7 +21,9 @@ import numpy as np
 from lede_env.errors import LedeError
 from lede_env.policies.networks import FORMAT_VERSION, MaskedMLPPolicy, MLPPolicy
 
-SHIPPED = {"tiny": Path(__file__).parents[1] / "models" / "tiny" / "policy"}
+_TINY = Path(__file__).parents[1] / "models" / "tiny"
+# The embedded model's, for the CPU; and the one for its 7B geometry twin on an H200, where a decision costs nothing.
+SHIPPED = {"tiny": _TINY / "policy", "tiny-h200": _TINY / "policy_h200"}
 # What this version can run; state_reset belongs to recurrent kinds.
 _SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
@@ -75,10 +77,12 @@ def _build(card: Mapping[str, Any], tensor_file: Path) -> MLPPolicy:
         candidate_layers=tuple(card["candidate_layers"]),
         **{name: card[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name", "training")},
     )
+    weights, biases = arrays["layers"]
     if "imitator" not in arrays:
-        return MLPPolicy(*arrays["layers"], **shared)
-    imitator = MLPPolicy(*arrays["imitator"], **shared)
-    return MaskedMLPPolicy(*arrays["layers"], **shared, imitator=imitator, flexibility=card["flexibility"])
+        return MLPPolicy(weights=weights, biases=biases, **shared)
+    its_weights, its_biases = arrays["imitator"]
+    imitator = MLPPolicy(weights=its_weights, biases=its_biases, **shared)
+    return MaskedMLPPolicy(weights=weights, biases=biases, **shared, imitator=imitator, flexibility=card["flexibility"])
 
 
 def _read_card(file: Path) -> dict[str, Any]:
