@@ -91,8 +91,9 @@ def sweep_agent(args: Args, console: Console) -> list[dict[str, Any]]:
         results = execute_all(runs, args.runs, args.workers, lambda: bar.advance(task))
     scores = np.array([r["validation"]["normalised_score"] for r in results]).reshape(len(trials), -1, args.seeds)
     return [
-        {"constant": constant, "value": f"{value:g}", "default": "yes" if value == getattr(nstep_dqn.Args, constant) else "",
-         "mean": float(own.mean()), **{name: spread(row) for name, row in zip(args.datasets, own, strict=True)}}
+        {"constant": constant, "value": f"{value:g}",
+         "default": "yes" if value == getattr(nstep_dqn.Args, constant) else "", "mean": float(own.mean()),
+         **{name: spread(row) for name, row in zip(args.datasets, own, strict=True)}}
         for (constant, value), own in zip(trials, scores, strict=True)
     ]  # fmt: skip
 
