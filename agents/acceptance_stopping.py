@@ -29,7 +29,7 @@ class AcceptanceStopping:
     learns_from = "data"
     grid: tuple[dict[str, Any], ...] = ({},)
 
-    def __init__(self, hidden: int = 64, learning_rate: float = 2e-3):
+    def __init__(self, hidden: int = 64, learning_rate: float = 6e-3):
         self.hidden, self.learning_rate = hidden, learning_rate
 
     def train(self, task: Task) -> MLPPolicy:

@@ -91,8 +91,9 @@ def sweep_agent(args: Args, console: Console) -> list[dict[str, Any]]:
         results = execute_all(runs, args.runs, args.workers, lambda: bar.advance(task))
     scores = np.array([r["validation"]["normalised_score"] for r in results]).reshape(len(trials), -1, args.seeds)
     return [
-        {"constant": constant, "value": value, "default": "yes" if value == getattr(nstep_dqn.Args, constant) else "",
-         "mean": float(own.mean()), **{name: spread(row) for name, row in zip(args.datasets, own, strict=True)}}
+        {"constant": constant, "value": f"{value:g}",
+         "default": "yes" if value == getattr(nstep_dqn.Args, constant) else "", "mean": float(own.mean()),
+         **{name: spread(row) for name, row in zip(args.datasets, own, strict=True)}}
         for (constant, value), own in zip(trials, scores, strict=True)
     ]  # fmt: skip
 
@@ -106,7 +107,7 @@ def sweep_problem(args: Args, console: Console) -> list[dict[str, Any]]:
         found = list(bar.track(processes.imap(speedup, jobs), len(jobs), description="the problem's constants"))
     speedups = np.array(found).reshape(len(different), args.seeds)
     return [
-        {"constant": name, "value": value, "v0": "yes" if value == V0[name] else "",
+        {"constant": name, "value": f"{value:g}", "v0": "yes" if value == V0[name] else "",
          "speedup": spread(speedups[different.index(constants)], 3)}
         for name, value, constants in trials
     ]  # fmt: skip
