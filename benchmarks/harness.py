@@ -140,7 +140,7 @@ class Player:
 
     def __call__(self, prompt: tuple[int, list[int]]) -> tuple[list[int], Counts]:
         out = self.play(prompt)
-        self.outs[prompt[0]] = out
+        self.outs = dict(sorted({**self.outs, prompt[0]: out}.items()))  # a warm-up takes them out of order
         return out.token_ids, out.counts
 
     def play(self, prompt: tuple[int, list[int]], profile: bool = False) -> Generation:

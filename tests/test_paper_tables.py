@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from benchmarks import learning_dynamics, paper_tables
-from benchmarks.harness import rouge_l
+from benchmarks.harness import Player, rouge_l
 from benchmarks.paper_cells import cells, paper_cell
 from benchmarks.paper_report import UNLIKE
 from benchmarks.paper_tables import Args, task_name, task_sources
 from benchmarks.tuning import GRIDS, MACHINE, Bench, Trial, score, score_static, search
-from lede_env import DraftVerify, LayerSkip, LedeError, generate, load_policy, load_prompts
+from lede_env import Autoregressive, DraftVerify, LayerSkip, LedeError, generate, load_policy, load_prompts
 from lede_env.decoding.strategies import STRATEGIES
 from lede_env.engine.cost_model import load_cost_model
 
@@ -245,3 +245,10 @@ def test_figure_2_needs_episodes(tmp_path):
     history(tmp_path / "history.csv", "offline")
     with pytest.raises(LedeError, match="holds no episodes"):
         learning_dynamics.main(learning_dynamics.Args(run=tmp_path, out=tmp_path))
+
+
+def test_generations_are_kept_in_the_order_of_their_prompts(tiny):
+    player = Player(tiny, Autoregressive(), max_new_tokens=2, temperature=0.0, seed=0)
+    for index in (0, 2, 1):  # a warm-up takes the longest early
+        player((index, [5, 6 + index]))
+    assert [out.prompt_ids[1] for out in player.outs.values()] == [6, 7, 8]

@@ -268,9 +268,10 @@ class GraphSession(Session):
         return self._graphs[key]
 
     def _capture(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        before = self.hidden.clone()
-        body()  # compiles the kernels; what it writes but for the states, the graph writes again
-        self.hidden.copy_(before)
+        hidden, tokens = self.hidden.clone(), self._tokens.clone()
+        body()  # compiles the kernels; what else it writes, the graph writes again
+        self.hidden.copy_(hidden)
+        self._tokens.copy_(tokens)
         torch.cuda.synchronize(self.lm.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
