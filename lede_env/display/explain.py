@@ -8,7 +8,9 @@ from typing import Any
 
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.round import Round
-from lede_env.engine.signals import EXIT_FEATURES, Signals
+from lede_env.engine.signals import DRAFT_FEATURES, Signals
+
+SHOWN = tuple(name for name in DRAFT_FEATURES if name not in ("phase", "position"))  # signals a note keeps
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Look:
     """One sight of a draft's distribution at one layer."""
 
     layer: int
-    signals: dict[str, float]  # EXIT_FEATURES by name
+    signals: dict[str, float]  # SHOWN by name
     q: tuple[float, float] | None  # Q(continue), Q(exit), where a policy that has them was asked
     left: bool  # whether the draft was drawn here
 
@@ -91,8 +93,8 @@ class Noting(Control):
 
 
 def _look(signals: Signals, q: tuple[float, float] | None, left: bool) -> Look:
-    values = map(float, signals.features(EXIT_FEATURES))
-    return Look(signals.layer, dict(zip(EXIT_FEATURES, values, strict=True)), q, left)
+    values = map(float, signals.features(SHOWN))
+    return Look(signals.layer, dict(zip(SHOWN, values, strict=True)), q, left)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Explained(Strategy):
     """`strategy`, noting what it sees: the same text, more slowly. Its generation's `control` is a Noting."""
 
     strategy: Strategy
-    reads = EXIT_FEATURES  # the signals to show
+    reads = SHOWN
 
     @property
     def name(self) -> str:  # type: ignore[override]
