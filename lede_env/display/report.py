@@ -42,8 +42,14 @@ def check_report_path(path: Path) -> None:
     """Raise a LedeError, before any work is done, unless a page can be written there; it replaces none but a page."""
     if path.is_dir() or not path.parent.is_dir():
         raise LedeError(f"--report {str(path)!r} is not a file in an existing folder; make the folder, or name a file")
-    if path.is_file() and TITLE not in path.read_bytes():
+    if path.is_file() and not is_report(path):
         raise LedeError(f"--report {str(path)!r} exists and is no earlier report; name another file, or delete it")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file begins as our page does."""
+    with path.open("rb") as file:
+        return TITLE in file.read(4096)
 
 
 def write_report(path: Path, lm: LayeredLM, prompt: str, strategy: Strategy, **options: Any) -> None:

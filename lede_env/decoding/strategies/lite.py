@@ -51,8 +51,8 @@ class Lite(Strategy):
             return
         if not isinstance(self.thresholds, Mapping) or not self.thresholds:
             raise LedeError(
-                f"thresholds={self.thresholds!r} of Lite must be a dict, not empty: a probability for every candidate layer; "
-                "leave it out for those stored with the model"
+                f"thresholds={self.thresholds!r} of Lite must be a dict, not empty: a probability for every candidate "
+                "layer; leave it out for those stored with the model"
             )
         for layer, threshold in self.thresholds.items():
             whole_number("exit_layer", layer)
