@@ -213,7 +213,7 @@ def record(
         raise LedeError(
             f"episodes={episodes} and num_envs={num_envs} must be at least 1, and seed={seed} must not be negative"
         )
-    check_output(out)
+    check_output(Path(out))
     envs = make_player_envs(env_id, min(num_envs, episodes), **env_kwargs)
     try:
         core: Any = envs.unwrapped
