@@ -28,7 +28,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from lede_env.cli import clear_errors, progress_bar
+from lede_env.arguments import clear_errors
+from lede_env.cli import progress_bar
 from lede_env.data.trajectory_file import Episode
 from lede_env.errors import LedeError
 from lede_env.offline.scoring import Bench

@@ -16,7 +16,8 @@ from __future__ import annotations
 import csv
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +26,12 @@ from typing import Any, Literal
 import numpy as np
 
 from agents.task import BATCH, Board, Task
-from lede_env.cli import clear_errors
+from lede_env.arguments import clear_errors
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT, MLPPolicy
-from lede_env.recording import check_env_id, make_player_envs, play, run_attributes
+from lede_env.recording import make_player_envs, play, run_attributes
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Args:
     num_envs: int = 8  # episodes played side by side, one model forward for all
     offline: Path | None = None  # learn from this trajectory file alone, without an environment
     out: Path = Path("runs/nstep_dqn")  # folder for exploration.h5, history.csv, policy/, TensorBoard's files
+    overwrite: bool = False  # replace what an earlier run left in `out`
     seed: int = 1  # one seed reproduces a run bit for bit on the CPU
     features: Literal["paper", "extended"] = "extended"  # what the policy observes (in Python also a tuple of names)
 
@@ -70,8 +72,13 @@ class Args:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.finetune_episodes and not self.offline:
             raise LedeError("finetune_episodes follow a file; give one as offline, or set online_episodes")
+        for name in ("seed", "online_episodes", "finetune_episodes", "sigma"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LedeError(f"{name}={getattr(self, name)}; expected at least 0")
         if not 0.0 <= self.gamma <= 1.0:
             raise LedeError(f"gamma={self.gamma}; expected a number in [0, 1]")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise LedeError(f"learning_rate={self.learning_rate}; expected a positive number")
 
 
 class NoisyMLP:
@@ -341,16 +348,79 @@ class TrainResult:
 
 
 def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) -> TrainResult:
-    """Run the stages and save the policy; `progress` is called with every row of the history."""
-    if args.offline:
-        read_trajectories(args.offline, columns=())  # before anything of an earlier run is replaced
-    else:
-        check_env_id(args.env_id)
+    """Run the stages and save the policy; `progress` is called with every row of the history.
+
+    Nothing is written, nor anything of an earlier run replaced, before environment and file are found to be good.
+    """
+    check_out(args)
+    data, envs, history = None, None, []
+    with ExitStack() as stack:
+        if args.offline:
+            data = read_log(args.offline)
+            attributes, available = data.attributes, data.attributes["features"]
+        if data is None or args.finetune_episodes:
+            envs = stack.enter_context(closing(make_player_envs(args.env_id, args.num_envs, **args.env_kwargs)))
+        if data is None:
+            attributes = run_attributes(envs, env_id=args.env_id, seed=args.seed, policy="untrained noisy network")
+            available = envs.unwrapped.features
+        elif envs is not None:
+            check_same_problem(args, data, envs)
+        learner = Learner(args, available, attributes)
+        log = stack.enter_context(record_history(args, history, progress))
+        if data is None:
+            data = explore(learner, envs, attributes, log)
+            learner.start(data)
+        else:
+            learner.start(data)
+            learn_offline(learner, log)
+        if envs is not None:
+            learner.steps = learner.updates * args.update_every  # the schedule goes on from here
+            episodes = args.finetune_episodes if args.offline else args.online_episodes
+            play_and_learn(learner, envs, data.n_episodes + np.arange(episodes), log)
+    policy = export_policy(learner, attributes)
+    policy.save(args.out / "policy")
+    return TrainResult(policy, history)
+
+
+def check_out(args: Args) -> None:
+    """Raise a LedeError if `out` holds an earlier run that is not to be replaced."""
+    names = ("history.csv", "policy") if args.offline else ("history.csv", "policy", "exploration.h5")
+    earlier = [name for name in names if (args.out / name).exists()]
+    if earlier and not args.overwrite:
+        raise LedeError(
+            f"out={str(args.out)!r} holds {', '.join(earlier)} of an earlier run; choose another folder, or pass "
+            "--overwrite to replace it"
+        )
+
+
+def read_log(path: Path) -> Trajectories:
+    """A trajectory file to learn from; a LedeError if it holds nothing."""
+    data = read_trajectories(path)
+    if not data.n_episodes:
+        raise LedeError(f"{path} holds no episodes; go on with its recording by --resume, or give another file")
+    return data
+
+
+def check_same_problem(args: Args, data: Trajectories, envs: Any) -> None:
+    """Raise a LedeError unless the environment to play on in is the one that was logged."""
+    here = {**envs.unwrapped.attributes, "features": list(envs.unwrapped.features)}
+    for name in ("mdp", "model_fingerprint", "candidate_layers", "features"):
+        if here[name] != data.attributes[name]:
+            what = f"{name}={data.attributes[name]}, but {args.env_id} {here[name]}"
+            raise LedeError(f"{args.offline} has {what}; give the env_id it was logged in")
+
+
+@contextmanager
+def record_history(
+    args: Args, history: list[dict[str, Any]], progress: Callable[[dict[str, Any]], None] | None
+) -> Iterator[Callable[..., None]]:
+    """What puts a row into `history`, history.csv and TensorBoard, and hands it to `progress`."""
     args.out.mkdir(parents=True, exist_ok=True)
-    history: list[dict[str, Any]] = []
-    board = Board(args.out / "tensorboard")
-    with (args.out / "history.csv").open("w", newline="", buffering=1) as file:
-        columns = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
+    columns = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
+    with (
+        closing(Board(args.out / "tensorboard")) as board,
+        (args.out / "history.csv").open("w", newline="", buffering=1) as file,
+    ):
         table = csv.DictWriter(file, columns)
         table.writeheader()
 
@@ -362,55 +432,26 @@ def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) 
             if progress:
                 progress(row)
 
-        learner, attributes = (learn_offline if args.offline else learn_online)(args, log)
-    board.close()
-    policy = export_policy(learner, attributes)
-    policy.save(args.out / "policy")
-    return TrainResult(policy, history)
+        yield log
 
 
-def learn_offline(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
-    """Learn from `args.offline`, then play on if that is asked for; returns the learner and the file's attributes."""
-    data = read_trajectories(args.offline)
-    if not data.n_episodes:
-        raise LedeError(f"{args.offline} holds no episodes; go on with its recording by --resume, or give another file")
-    learner = Learner(args, data.attributes["features"], data.attributes)
-    learner.start(data)
+def explore(learner: Learner, envs: Any, attributes: Mapping[str, Any], log: Callable[..., None]) -> Trajectories:
+    """Play the untrained noisy network's episodes into `out`/exploration.h5, and read them back."""
+    args, core, path = learner.args, envs.unwrapped, learner.args.out / "exploration.h5"
+    path.unlink(missing_ok=True)  # an earlier run's, see `check_out`
+    with TrajectoryWriter(path, attributes, core.prompt_ids, core.features) as writer:
+        for _, episode in play(envs, learner.act, range(args.exploration_episodes), args.seed):
+            writer.append(episode)
+            log(phase="explore", **episode_metrics(episode), updates=0)
+    return read_trajectories(path)
+
+
+def learn_offline(learner: Learner, log: Callable[..., None]) -> None:
+    """All updates from the file alone."""
+    args = learner.args
     while learner.updates < args.offline_updates:
         learner.update(min(args.target_every, args.offline_updates - learner.updates))
         log(phase="offline", loss=float(np.mean(learner.losses)), updates=learner.updates)
-    if args.finetune_episodes:
-        envs = make_player_envs(args.env_id, args.num_envs, **args.env_kwargs)
-        try:
-            here = {**envs.unwrapped.attributes, "features": list(envs.unwrapped.features)}
-            for name in ("mdp", "model_fingerprint", "candidate_layers", "features"):
-                if here[name] != data.attributes[name]:
-                    what = f"{name}={data.attributes[name]}, but {args.env_id} {here[name]}"
-                    raise LedeError(f"{args.offline} has {what}; give the env_id it was logged in")
-            learner.steps = learner.updates * args.update_every  # the schedule goes on from here
-            play_and_learn(learner, envs, data.n_episodes + np.arange(args.finetune_episodes), log)
-        finally:
-            envs.close()
-    return learner, data.attributes
-
-
-def learn_online(args: Args, log: Callable[..., None]) -> tuple[Learner, dict[str, Any]]:
-    """Explore into `out`/exploration.h5, then learn from it and from further play (the paper's schedule)."""
-    envs = make_player_envs(args.env_id, args.num_envs, **args.env_kwargs)
-    try:
-        attributes = run_attributes(envs, env_id=args.env_id, seed=args.seed, policy="untrained noisy network")
-        core, path = envs.unwrapped, args.out / "exploration.h5"
-        learner = Learner(args, core.features, attributes)
-        path.unlink(missing_ok=True)  # the previous run's
-        with TrajectoryWriter(path, attributes, core.prompt_ids, core.features) as writer:
-            for _, episode in play(envs, learner.act, range(args.exploration_episodes), args.seed):
-                writer.append(episode)
-                log(phase="explore", **episode_metrics(episode), updates=0)
-        learner.start(read_trajectories(path))
-        play_and_learn(learner, envs, args.exploration_episodes + np.arange(args.online_episodes), log)
-    finally:
-        envs.close()
-    return learner, attributes
 
 
 def play_and_learn(learner: Learner, envs: Any, numbers: Sequence[int], log: Callable[..., None]) -> None:
@@ -447,7 +488,9 @@ class NStepDQN:
 def export_policy(learner: Learner, attributes: Mapping[str, Any]) -> MLPPolicy:
     """The mean network as a policy; attributes: those of the trajectories it learned from."""
     layers = learner.network.layers(learner.network.parameters[0])
-    settings = {name: value for name, value in asdict(learner.args).items() if name not in ("out", "offline")}
+    settings = {
+        name: value for name, value in asdict(learner.args).items() if name not in ("out", "overwrite", "offline")
+    }
     return MLPPolicy(
         weights=tuple(layer[:-1].T.copy() for layer in layers),
         biases=tuple(layer[-1].copy() for layer in layers),

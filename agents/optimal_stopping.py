@@ -25,7 +25,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from lede_env.cli import clear_errors, progress_bar
+from lede_env.arguments import clear_errors
+from lede_env.cli import progress_bar
 from lede_env.data.registry import load_trace
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling

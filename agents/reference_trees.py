@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from lede_env.arguments import clear_errors
 from lede_env.errors import LedeError
 from lede_env.evaluation import evaluate
 from lede_env.oracles import DraftTable, ExitTable, tabulate
@@ -185,4 +186,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

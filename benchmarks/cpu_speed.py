@@ -31,7 +31,7 @@ from benchmarks.harness import (
     write_results,
 )
 from benchmarks.tuning import MACHINE, Bench, best, search, setting
-from lede_env.cli import clear_errors
+from lede_env.arguments import clear_errors
 from lede_env.engine.acceptance import derive_seed
 from lede_env.engine.cost_model import measure
 from lede_env.models.loading import EMBEDDED

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.harness import RESULTS, machine, print_table, write_results
-from lede_env.cli import clear_errors
+from lede_env.arguments import clear_errors
 from lede_env.data.dataset import Dataset, read_dataset
 from lede_env.data.trajectory_file import Episode, TrajectoryWriter, rewrite
 from lede_env.offline.loading import load_dataset

@@ -22,7 +22,8 @@ from benchmarks.harness import (
     time_methods,
     write_results,
 )
-from lede_env.cli import clear_errors, progress_bar
+from lede_env.arguments import clear_errors
+from lede_env.cli import progress_bar
 from lede_env.decoding.generate import Generation
 from lede_env.decoding.strategies import Strategy
 from lede_env.engine.cost_model import measure
@@ -84,6 +85,7 @@ def train_agent(args: Args, console: Console) -> lede_env.policies.MLPPolicy:
         env_kwargs={"max_new_tokens": args.max_new_tokens, "device": "cpu"},
         num_envs=16,
         out=args.out / "agent",
+        overwrite=True,
         exploration_episodes=args.exploration_episodes,
         online_episodes=args.online_episodes,
         seed=args.seed,

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import lede_env
 from benchmarks.harness import RESULTS, Method, machine, print_table, speedup_interval, time_methods, write_results
-from lede_env.cli import clear_errors
+from lede_env.arguments import clear_errors
 from lede_env.decoding.strategies import Strategy, parse_strategy
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.layered_lm import LayeredLM

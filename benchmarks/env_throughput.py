@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.harness import RESULTS, machine, print_table, write_results
+from lede_env.arguments import clear_errors
 from lede_env.cli import progress_bar
 
 IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
@@ -200,4 +201,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

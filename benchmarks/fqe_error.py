@@ -20,7 +20,8 @@ from agents.fqe import GAMMA, exact_value, fitted_value
 from agents.task import Task
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from benchmarks.offline_rl_runs import environment_of, find_agent, load, pool
-from lede_env.cli import clear_errors, progress_bar
+from lede_env.arguments import clear_errors
+from lede_env.cli import progress_bar
 from lede_env.engine.signals import select_features
 
 

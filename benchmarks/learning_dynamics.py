@@ -21,6 +21,7 @@ from agents.nstep_dqn import Args as AgentArgs
 from agents.nstep_dqn import train
 from benchmarks.figures import learning_curves
 from benchmarks.harness import RESULTS, machine, print_table, write_results
+from lede_env.arguments import clear_errors
 from lede_env.cli import progress_bar
 from lede_env.errors import LedeError
 
@@ -92,7 +93,5 @@ def phases(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
+    with clear_errors():
         main(tyro.cli(Args))
-    except LedeError as error:
-        raise SystemExit(f"error: {error}") from None

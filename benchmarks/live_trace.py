@@ -26,6 +26,7 @@ from rich.console import Console
 
 import lede_env
 from benchmarks.harness import RESULTS, machine, print_table, write_results
+from lede_env.arguments import clear_errors
 from lede_env.cli import progress_bar
 from lede_env.data.registry import default_trace
 from lede_env.data.trace_file import Trace
@@ -89,8 +90,9 @@ def compare(live: Any, replayed: Any, prompt_ids: list[str], seed: int) -> Wave:
     """One episode a lane under the same random actions, each to its end or to its first difference."""
     n, rng = len(prompt_ids), np.random.default_rng(seed)
     wave, playing, over = Wave(np.zeros(n, int), np.zeros(n), [""] * n), np.ones(n, bool), np.zeros(n, bool)
-    reset: dict[str, Any] = dict(seed=seed, options={"prompt_ids": prompt_ids, "prompt_id": prompt_ids[0]})
-    mine, other = live.reset(**reset), replayed.reset(**reset)
+    single = isinstance(live, SyncVectorEnv)
+    options = {"prompt_id": prompt_ids[0]} if single else {"prompt_ids": prompt_ids}
+    mine, other = (envs.reset(seed=seed, options=options) for envs in (live, replayed))
     while True:
         wave.distance[playing] = np.maximum(wave.distance, np.abs(mine[0] - other[0]).max(1))[playing]
         for name, differs in differences(mine, other):
@@ -209,4 +211,5 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    with clear_errors():
+        sys.exit(main(tyro.cli(Args)))

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from benchmarks.figures import GREY, INK
+from lede_env.arguments import clear_errors
 from lede_env.models.loading import EMBEDDED
 
 CONTEXT = 2048
@@ -68,4 +69,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with clear_errors():
+        main(tyro.cli(Args))

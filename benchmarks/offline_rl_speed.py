@@ -22,7 +22,7 @@ from rich.console import Console
 import lede_env
 from benchmarks.harness import RESULTS, Player, machine, print_table, speedup_interval, time_methods, write_results
 from benchmarks.offline_rl_runs import Run
-from lede_env.cli import clear_errors
+from lede_env.arguments import clear_errors
 from lede_env.errors import LedeError
 from lede_env.tasks import fit_prompt
 

@@ -38,7 +38,8 @@ from benchmarks.harness import (
 from benchmarks.paper_report import BASELINE, LEDE, STATIC, UNLIKE, compact, groups, title
 from benchmarks.paper_results import Results
 from benchmarks.tuning import GRIDS, MACHINE, Bench, best, search, setting
-from lede_env.cli import clear_errors, progress_bar
+from lede_env.arguments import clear_errors
+from lede_env.cli import progress_bar
 from lede_env.decoding.strategies import STRATEGIES, LayerSkip, Lede, Strategy
 from lede_env.digest import digest
 from lede_env.engine.cost_model import CostModel, load_cost_model, measure

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lede_env
 from benchmarks.harness import RESULTS, machine, print_table, write_results
+from lede_env.arguments import clear_errors
 from lede_env.cli import progress_bar
 from lede_env.decoding import generate as decoder
 from lede_env.decoding import rounds
@@ -293,4 +294,5 @@ def shown_strategy(strategy: Strategy) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    with clear_errors():
+        sys.exit(main(tyro.cli(Args)))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from tyro.conf import Positional
 
+from lede_env.arguments import clear_errors
 from lede_env.display.terminal import show_stream, summary
 from lede_env.errors import LedeError
 from lede_env.offline.commands import app as dataset_app
-from lede_env.tasks import check_text
 
 if TYPE_CHECKING:
     from lede_env.decoding.strategies import Strategy
@@ -245,9 +242,11 @@ def record_one_trace(
     config = replace(pinned(env), **{"split": "all", **overrides})
     if config.weights == "twin":
         raise LedeError(f"a twin plays the embedded model's trace; record one with --env {ids_of('tiny', 'auto')[0]}")
-    if out.is_dir() or (out.exists() and not force):
-        raise LedeError(f"{out} exists; pass --force to replace it" if out.is_file() else f"{out} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the recording
+    from lede_env.recording import check_output
+
+    check_output(out)
+    if out.exists() and not force:
+        raise LedeError(f"{out} exists; pass --force to replace it")
 
     from lede_env.engine.acceptance import Sampling
     from lede_env.envs.source import load_weights
@@ -297,24 +296,6 @@ def doctor() -> None:
     table.add_row("embedded model", "present" if (EMBEDDED / "model.safetensors").is_file() else "missing: reinstall")
     table.add_row("embedded policy", "present" if SHIPPED["tiny"].is_dir() else "missing: reinstall")
     console.print(table)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Bad input ends the program with one clear line and exit status 2."""
-    try:
-        for argument in sys.argv[1:]:
-            check_text(argument, f"the argument {argument!r}")
-        yield
-    except LedeError as error:
-        message = escape(" ".join(str(error).split()))  # one line, and no part of it taken for markup
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder that is not there: the message names the path
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def main() -> None:

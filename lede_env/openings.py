@@ -102,7 +102,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    from lede_env.cli import clear_errors
+    from lede_env.arguments import clear_errors
 
     with clear_errors():
         main(tyro.cli(Args))

@@ -8,6 +8,7 @@ too; a resumed file keeps the versions that began it, as provenance.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -20,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from lede_env.arguments import whole_number
 from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, read_trajectories
 from lede_env.digest import digest
 from lede_env.errors import LedeError
@@ -46,6 +48,18 @@ def check_env_id(env_id: str) -> None:
     """Raise a LedeError that lists the ids unless Gymnasium knows this one."""
     if env_id not in gym.registry:
         pinned(env_id)
+
+
+def check_output(path: Path) -> None:
+    """Raise a LedeError, before a model is loaded, unless a file can be written there. Missing folders are made."""
+    if path.is_dir():
+        raise LedeError(f"{path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedeError(f"{path} cannot be written ({error}); choose another path") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise LedeError(f"{path} cannot be written: permission denied; choose another path")
 
 
 def play(
@@ -194,10 +208,12 @@ def record(
         LedeError: a bad argument, a policy that does not fit the environment, or a file that `TrajectoryWriter`
             refuses.
     """
+    seed = whole_number("seed", seed)
     if episodes < 1 or num_envs < 1 or seed < 0:
         raise LedeError(
             f"episodes={episodes} and num_envs={num_envs} must be at least 1, and seed={seed} must not be negative"
         )
+    check_output(Path(out))
     envs = make_player_envs(env_id, min(num_envs, episodes), **env_kwargs)
     try:
         core: Any = envs.unwrapped

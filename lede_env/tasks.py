@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lede_env.arguments import check_text
 from lede_env.errors import LedeError
 
 TASKS = ("code", "lm", "summarization", "instruction", "parse")
@@ -109,21 +110,6 @@ def fit_prompt(ids: list[int], room: int, task: str) -> tuple[list[int], int]:
     if task in ("summarization", "instruction"):
         n_end = min(CLOSING_TOKENS, n_end)
     return ids[: room - n_end] + ids[-n_end:], len(ids) - room
-
-
-def check_text(text: str, what: str) -> None:
-    """Refuse what has no UTF-8 form: half a surrogate pair, which Python makes of arguments that are not UTF-8 and
-    JSON of escapes like \\ud83d. No tokenizer takes it.
-
-    Raises:
-        LedeError: names `what` and the place.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise LedeError(
-            f"{what} is not Unicode text: {text[error.start]!r} at character {error.start}; write it in UTF-8"
-        ) from error
 
 
 def _load_source(source: str | Path, hub_rows: int, seed: int) -> list[Prompt]:

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,22 @@ from safetensors.torch import load_file, save_file
 
 import lede_env
 from lede_env import cli
-from lede_env.decoding.strategies import Autoregressive, LayerSkip, Lede, parse_strategy
+from lede_env.decoding.strategies import (
+    Autoregressive,
+    DraftVerify,
+    FiniteStateMachine,
+    LayerSkip,
+    Lede,
+    Lite,
+    parse_strategy,
+)
+from lede_env.display.report import check_report_path
 from lede_env.errors import LedeError
 from lede_env.models.loading import EMBEDDED, load_model
-from lede_env.policies import RandomPolicy, StaticPolicy, ThresholdPolicy
+from lede_env.policies import RandomPolicy, StaticPolicy, ThresholdPolicy, load_policy
 from tests.small_models import save_random_model, untrained_policy
+
+ROOT = Path(__file__).parents[1]
 
 
 def refuses(*parts):
@@ -67,12 +80,16 @@ def test_unknown_model(tmp_path):
         load_model("no-such-model")
     with refuses("is unknown", "existing folder with config.json"):
         load_model(tmp_path / "absent" / "folder")
+    with refuses("model '' is unknown", "existing folder"):
+        load_model("")
     with refuses("has no config.json", "Hugging Face form"):
         load_model(tmp_path)
 
 
 def test_hub_id_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refuses("no folder 'nobody/nothing' exists here", "could not get nobody/nothing", "HF_HUB_OFFLINE is set"):
+        load_model("nobody/nothing")
     with refuses("could not get nobody/nothing", "https://huggingface.co/nobody/nothing", "hf auth login", "folder"):
         load_model("nobody/nothing")
     with refuses("could not get facebook/layerskip-llama2-7B", "FAIR Noncommercial Research License"):
@@ -288,6 +305,23 @@ ARGUMENTS = {
     "top_p above 1": (dict(top_p=1.5), ("top_p=1.5", "(0, 1]")),
     "stop": (dict(stop=""), ("stop=''", "at least one character")),
     "one of several stops": (dict(stop=["x", ""]), ("stop=''", "at least one character")),
+    "max_new_tokens, a text": (dict(max_new_tokens="5"), ("max_new_tokens='5'", "a whole number")),
+    "max_new_tokens, a fraction": (dict(max_new_tokens=5.0), ("max_new_tokens=5.0", "a whole number")),
+    "max_new_tokens, nothing": (dict(max_new_tokens=None), ("max_new_tokens=None", "a whole number")),
+    "max_new_tokens, a truth": (dict(max_new_tokens=True), ("max_new_tokens=True", "a whole number")),
+    "temperature, a text": (dict(temperature="hot"), ("temperature='hot'", "a number")),
+    "temperature, nothing": (dict(temperature=None), ("temperature=None", "a number")),
+    "top_p, a text": (dict(top_p="a"), ("top_p='a'", "a number")),
+    "top_k, a fraction": (dict(top_k=1.5), ("top_k=1.5", "a whole number")),
+    "seed, a fraction": (dict(seed=1.5), ("seed=1.5", "a whole number")),
+    "seed, a text": (dict(seed="a"), ("seed='a'", "a whole number")),
+    "seed, nothing": (dict(seed=None), ("seed=None", "a whole number")),
+    "stop, a number": (dict(stop=5), ("stop=5", "a string or a list of strings")),
+    "stop, nothing": (dict(stop=None), ("stop=None", "a string or a list of strings")),
+    "stop, bytes": (dict(stop=b"x"), ("stop=b'x'", "a string or a list of strings")),
+    "a number among stops": (dict(stop=["a", 5]), ("stop=['a', 5]", "a string or a list of strings")),
+    "strategy, empty": (dict(strategy=""), ("strategy=''", "give an instance")),
+    "strategy, zero": (dict(strategy=0), ("strategy=0", "give an instance")),
     "exit layer 0": (dict(strategy=LayerSkip(0, 4)), ("exit layer 0 is out of range", "16 layers", "1..15")),
     "exit layer L": (dict(strategy=LayerSkip(16, 4)), ("exit layer 16 is out of range", "1..15")),
 }
@@ -298,6 +332,41 @@ ARGUMENTS = {
 def test_arguments(tiny, call, arguments, says):
     with refuses(*says):
         call(tiny, "x", **arguments)
+
+
+def test_a_name_is_no_model(tiny):
+    for call in (lede_env.generate, lede_env.stream):
+        with refuses("lm='tiny' is not a model", "load_model"):
+            call("tiny", "a")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: LayerSkip("3", 4), "exit_layer='3'"),
+        (lambda: LayerSkip(2.5, 4), "exit_layer=2.5"),
+        (lambda: LayerSkip(3, 2.5), "speculation=2.5"),
+        (lambda: FiniteStateMachine(None), "exit_layer=None"),
+        (lambda: DraftVerify(True), "exit_layer=True"),
+        (lambda: DraftVerify(3, "0.5"), "threshold='0.5'"),
+        (lambda: Lite({"3": 0.5}), "exit_layer='3'"),
+        (lambda: Lite({3: None}), "thresholds[3]=None"),
+        (lambda: Lite(0.5), "thresholds=0.5 of Lite"),
+        (lambda: Lede(exit_layer="3"), "exit_layer='3'"),
+        (lambda: Lede(speculation=1.5), "speculation=1.5"),
+    ],
+)
+def test_strategies_of_the_wrong_types(make, says):
+    with refuses(says, "must be a"):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers(tiny):
+    ours = dict(max_new_tokens=4, temperature=0.6, top_k=9, top_p=0.5, seed=3)
+    theirs = dict(max_new_tokens=np.int64(4), temperature=np.float64(0.6), top_k=np.int32(9), top_p=np.float64(0.5))
+    out = lede_env.generate(tiny, "def", strategy=LayerSkip(np.int64(4), np.int64(2)), seed=np.int64(3), **theirs)
+    again = lede_env.generate(tiny, "def", strategy=LayerSkip(4, 2), **ours)
+    assert out.token_ids == again.token_ids and type(out.seed) is int
 
 
 @pytest.mark.parametrize("speculation", [0, 13])
@@ -324,9 +393,9 @@ def test_token_ids_outside_the_vocabulary(tiny, token):
         lede_env.generate(tiny, [5, token])
 
 
-@pytest.mark.parametrize("prompt", [[1.5, 2], [None], [5, "x"]], ids=repr)
+@pytest.mark.parametrize("prompt", [[1.5, 2], [None], [5, "x"], 5, None, b"x", ["a", 5], ["a", None]], ids=repr)
 def test_prompts_that_are_none(tiny, prompt):
-    with refuses("neither a text, chat messages nor token ids"):
+    with refuses("prompt", "neither a text,", "chat messages nor", "token ids"):
         lede_env.generate(tiny, prompt)
 
 
@@ -384,6 +453,8 @@ def test_no_policy_ships_with_other_models(checkpoint):
 
 
 def test_absent_policy(tmp_path):
+    with refuses("path=5", "a policy's folder", "tiny"):
+        load_policy(5)
     with refuses("no policy at", "policy.json", "missing", "policy.safetensors"):
         parse_strategy("lede", policy=str(tmp_path))
 
@@ -440,6 +511,18 @@ COMMANDS = {
         ["record", "--env", "LEDE-Tiny-v0", "--policy", "static:5", "--episodes", "1", "--out", "x.h5"],
         "policy 'static:5': '5' is not one of the candidate layers",
     ),
+    "a folder as the file": (
+        ["record", "--env", "LEDE-Tiny-v0", "--policy", "random", "--episodes", "1", "--out", "."],
+        ". is a folder; name a file in it",
+    ),
+    "a file as the folder": (
+        ["record", "--env", "LEDE-Tiny-v0", "--policy", "random", "--episodes", "1", "--out", "/dev/null/x.h5"],
+        "/dev/null/x.h5 cannot be written",
+    ),
+    "a trace in a file": (
+        ["record", "--env", "LEDE-Tiny-v0", "--trace", "--out", "/dev/null/x.h5"],
+        "/dev/null/x.h5 cannot be written",
+    ),
     "episodes": (
         ["record", "--env", "LEDE-Tiny-v0", "--policy", "random", "--episodes", "0", "--out", "x.h5"],
         "episodes=0",
@@ -458,3 +541,27 @@ def test_commands(monkeypatch, capfd, tmp_path, command, says):
     assert error.startswith("error: ") and says in error
     assert error.count("\n") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_replaces_nothing_but_a_report(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html><title>mine</title>")
+    with refuses("page.html' exists and is no earlier report", "name another file"):
+        check_report_path(page)
+    template = files("lede_env.display") / "page" / "page.html"
+    page.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    check_report_path(page)
+
+
+PROGRAMS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("agents", "benchmarks", "lede_env")
+    for path in (ROOT / folder).rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text() and path.name != "cli.py"
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_ends_bad_input_with_a_clear_error(program):
+    main = (ROOT / program).read_text().split('__name__ == "__main__":')[1]
+    assert "    with clear_errors():\n" in main

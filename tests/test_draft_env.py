@@ -525,6 +525,8 @@ def test_bad_use(small):
         env.step(0)
     with pytest.raises(LedeError, match="'p9' is not among"):
         env.reset(options={"prompt_id": "p9"})
+    with pytest.raises(LedeError, match="'prompt'; this environment takes prompt_id"):
+        env.reset(options={"prompt": "p1"})
     env.reset(seed=0)
     for action in (2, -1, 0.5, None, np.array([1])):
         with pytest.raises(LedeError, match="action"):

@@ -611,6 +611,8 @@ def test_bad_use_of_the_single_environment():
         env.step(0)
     with pytest.raises(LedeError, match="'parse/9999' is not among"):
         env.reset(options={"prompt_id": "parse/9999"})
+    with pytest.raises(LedeError, match="'prompt_ids'; this environment takes prompt_id"):
+        env.reset(options={"prompt_ids": ["parse/0001"]})
     env.reset(seed=0)
     for action in (2, -1, 0.5, "exit", None, np.array([1]), np.array([0, 1])):
         with pytest.raises(LedeError, match="action"):
@@ -635,6 +637,7 @@ def test_bad_use_of_the_vector_environment():
         ({"prompt_ids": ["parse/0001"]}, "prompt_ids must be a list of 2"),
         ({"prompt_ids": "ab"}, "prompt_ids must be a list of 2"),
         ({"prompt_ids": ["parse/0001", "parse/9999"]}, "'parse/9999' is not among"),
+        ({"prompt_id": "parse/0001"}, "'prompt_id'; this environment takes reset_mask, prompt_ids"),
     ]:
         with pytest.raises(LedeError, match=message):
             envs.reset(options=options)
@@ -642,6 +645,8 @@ def test_bad_use_of_the_vector_environment():
         envs.reset(seed=[1, 2, 3])
     with pytest.raises(LedeError, match=r"seed=1\.5 must be a whole number, or a list of 2"):
         envs.reset(seed=1.5)
+    with pytest.raises(LedeError, match=r"seed=1\.5 must be a whole number"):
+        envs.reset(seed=[1, 1.5])
     with pytest.raises(LedeError, match="prompt_ids must be a list of 2"):
         envs.reset(options={"prompt_ids": 3})
     observations, _ = envs.reset(seed=np.array([1, 2]))

@@ -426,7 +426,7 @@ def test_goes_on_by_playing_after_the_file(finished, tmp_path):
     steps = 30 * 8 * 1.5  # of 30 episodes of 8 tokens, a walk being 1 to 3 decisions
     assert offline == 600 and online == sorted(online)
     assert 600 + 0.5 * steps / 4 < online[-1] < 600 + 2 * steps / 4  # one update every 4 steps from there on
-    assert toy_return(result.policy) > toy_return(train(replace(args, offline_updates=1)).policy)
+    assert toy_return(result.policy) > toy_return(train(replace(args, offline_updates=1, overwrite=True)).policy)
 
 
 def test_playing_on_elsewhere_than_logged_is_refused(finished, tmp_path, monkeypatch):
@@ -491,7 +491,36 @@ def test_exported_policy_acts_as_the_mean_network(tmp_path):
     np.testing.assert_array_equal(policy.exit_probability(x[:, :3]), q.argmax(axis=1))
 
 
-@pytest.mark.parametrize("change", [{"n_step": 0}, {"gamma": 1.5}, {"num_envs": 0}])
+def test_an_earlier_run_is_kept_until_its_end_is_asked_for(tmp_path):
+    short = toy_args(tmp_path, exploration_episodes=2, online_episodes=1)
+    train(short)
+    before = (tmp_path / "history.csv").read_text()
+    with pytest.raises(LedeError, match=r"holds history\.csv, policy, exploration\.h5 of an earlier run.*--overwrite"):
+        train(short)
+    again = replace(short, overwrite=True)
+    for bad in (dict(env_id="LedeNone-v0"), dict(offline=tmp_path / "absent.h5"), dict(features=("nothing",))):
+        with pytest.raises(LedeError):
+            train(replace(again, **bad))
+        assert (tmp_path / "history.csv").read_text() == before and (tmp_path / "exploration.h5").is_file()
+    train(replace(again, seed=2))
+    assert (tmp_path / "history.csv").read_text() != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_step": 0},
+        {"gamma": 1.5},
+        {"num_envs": 0},
+        {"seed": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.inf},
+        {"sigma": -0.1},
+        {"sigma": math.nan},
+        {"online_episodes": -1},
+    ],
+    ids=str,
+)
 def test_bad_arguments_are_named(change):
     with pytest.raises(LedeError, match=next(iter(change))):
         Args(**change)

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lede_env.arguments import check_text
 from lede_env.errors import LedeError
-from lede_env.tasks import CLOSING_TOKENS, HUB_TASKS, SPLITS, TASKS, check_text, fit_prompt, load_prompts
+from lede_env.tasks import CLOSING_TOKENS, HUB_TASKS, SPLITS, TASKS, fit_prompt, load_prompts
 
 ALL = load_prompts("all", "all")
 HEADER = re.compile(r"^(### Instruction:\n|### Utterance:\n|Article: )")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lede_env.arguments import clear_errors
 from lede_env.decoding.generate import generate
 from lede_env.decoding.strategies.lite import STORED
 from lede_env.engine.layered_lm import LayeredLM
@@ -109,4 +110,5 @@ def main(model: str = "tiny", agreement: float = AGREEMENT, max_new_tokens: int 
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    with clear_errors():
+        tyro.cli(main)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lede_env.arguments import whole_number
 from lede_env.decoding import rounds
 from lede_env.decoding.rounds import Row
 from lede_env.decoding.stopwatch import Stopwatch
@@ -98,7 +99,7 @@ def generate(
         A Generation, or a list of them for a batch.
     """
     prompts, single = _as_batch(prompt)
-    strategy = strategy or Autoregressive()
+    strategy = Autoregressive() if strategy is None else strategy
     sampling = Sampling(temperature, top_k, top_p)
     rows = _make_rows(lm, prompts, strategy, max_new_tokens, seed, stop)
     if carry_over is not None:
@@ -127,7 +128,8 @@ def stream(
     if not single:
         raise LedeError(f"stream takes one prompt, got a batch of {len(prompts)}; use generate for a batch")
     sampling = Sampling(temperature, top_k, top_p)
-    rows = _make_rows(lm, prompts, strategy or Autoregressive(), max_new_tokens, seed, stop, streaming=True)
+    strategy = Autoregressive() if strategy is None else strategy
+    rows = _make_rows(lm, prompts, strategy, max_new_tokens, seed, stop, streaming=True)
     return _pieces(lm, rows, sampling)
 
 
@@ -213,18 +215,25 @@ def _make_rows(
     streaming: bool = False,
 ) -> list[Row]:
     """A row for each prompt, its arguments checked."""
+    if not isinstance(lm, LayeredLM):
+        raise LedeError(
+            f"lm={lm!r:.80} is not a model; give what lede_env.load_model returns, as load_model('tiny') does"
+        )
     if not isinstance(strategy, Strategy):
         raise LedeError(
             f"strategy={strategy!r} is not a strategy; give an instance, such as lede_env.LayerSkip(4, 5), or "
             "parse_strategy('layerskip:4,5') of lede_env.decoding.strategies"
         )
+    max_new_tokens, seed = whole_number("max_new_tokens", max_new_tokens), whole_number("seed", seed)
     if max_new_tokens < 1:
         raise LedeError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(each, str) for each in stops):
+        raise LedeError(f"stop={stop!r} must be a string or a list of strings")
     if "" in stops:
         raise LedeError("stop='' would end every text at once; give a string of at least one character, or stop=()")
     if stops and lm.tokenizer is None:
-        raise LedeError(f"stop={stops!r} needs a tokenizer, and model {lm.name!r} has none; leave it out")
+        raise LedeError(f"stop={tuple(stops)!r} needs a tokenizer, and model {lm.name!r} has none; leave it out")
     rows = []
     for index, prompt in enumerate(prompts):
         ids = lm.encode(prompt)
@@ -248,7 +257,7 @@ def _make_rows(
                 trace=TraceWindow() if "trace" in strategy.reads else None,
                 lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
                 doubts="doubt" in strategy.reads,
-                text=TextStream(lm, stops) if stops or (streaming and lm.tokenizer is not None) else None,
+                text=TextStream(lm, tuple(stops)) if stops or (streaming and lm.tokenizer is not None) else None,
             )
         )
     return rows
@@ -292,8 +301,8 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts of an argument, and whether it was one prompt."""
     if isinstance(prompt, str):
         return [prompt], True
-    if isinstance(prompt, Mapping | bytes):
-        raise LedeError(f"prompt {prompt!r:.80} is neither a text, a list of chat messages nor a list of token ids")
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
+        raise LedeError(f"prompt={prompt!r:.80} is neither a text, a list of chat messages nor a list of token ids")
     items = list(prompt)
     if not items:
         raise LedeError("the prompt is empty; give at least one character or one token id")

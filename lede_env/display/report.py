@@ -30,6 +30,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import Round
 from lede_env.errors import LedeError
 
+TITLE = b"<title>LEDE: one text, token by token</title>"  # by which a page is known
 WEIGHTS = {
     "embedded": "embedded: the small model that ships with the package",
     "twin": "twin: a large model's shapes around the embedded model's function",
@@ -38,9 +39,17 @@ WEIGHTS = {
 
 
 def check_report_path(path: Path) -> None:
-    """Raise a LedeError, before any work is done, unless a page can be written there."""
+    """Raise a LedeError, before any work is done, unless a page can be written there; it replaces none but a page."""
     if path.is_dir() or not path.parent.is_dir():
         raise LedeError(f"--report {str(path)!r} is not a file in an existing folder; make the folder, or name a file")
+    if path.is_file() and not is_report(path):
+        raise LedeError(f"--report {str(path)!r} exists and is no earlier report; name another file, or delete it")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file begins as our page does."""
+    with path.open("rb") as file:
+        return TITLE in file.read(4096)
 
 
 def write_report(path: Path, lm: LayeredLM, prompt: str, strategy: Strategy, **options: Any) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lede_env.arguments import number, whole_number
 from lede_env.errors import LedeError
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -70,6 +71,8 @@ class Sampling:
     top_p: float = 1.0  # 1: off
 
     def __post_init__(self) -> None:
+        for name, plain in (("temperature", number), ("top_k", whole_number), ("top_p", number)):
+            object.__setattr__(self, name, plain(name, getattr(self, name)))
         if self.temperature != 0.0 and not 1e-4 <= self.temperature < float("inf"):
             raise LedeError(f"temperature={self.temperature} must be 0 (greedy) or a positive number, at least 0.0001")
         if self.top_k < 0:

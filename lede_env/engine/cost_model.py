@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+from lede_env.arguments import clear_errors
 from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.errors import LedeError
 
@@ -270,4 +271,5 @@ def main(
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    with clear_errors():
+        tyro.cli(main)

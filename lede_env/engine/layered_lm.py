@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.arguments import check_text, whole_number
 from lede_env.engine.cuda import has_graphs
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
-from lede_env.tasks import check_text
 
 if TYPE_CHECKING:
     from lede_env.engine.kv_cache import KVCache, Span
@@ -130,7 +130,7 @@ class LayeredLM:
         if isinstance(prompt, str):
             check_text(prompt, "the prompt")
             ids = self._tokenizer().encode(prompt) if prompt else []
-        elif prompt and isinstance(prompt[0], dict):
+        elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             if not getattr(self._tokenizer(), "chat_template", None):
                 raise LedeError(f"model {self.name!r} has no chat template; pass a text or token ids")
             try:
@@ -166,7 +166,7 @@ class LayeredLM:
 
     def check_exit_layer(self, layer: int) -> None:
         """Raise a LedeError unless `layer` can be an exit: 1..n_layers - 1."""
-        if not 1 <= layer < self.n_layers:
+        if not 1 <= whole_number("exit_layer", layer) < self.n_layers:
             raise LedeError(
                 f"exit layer {layer} is out of range: {self.name} has {self.n_layers} layers, "
                 f"so an exit layer lies in 1..{self.n_layers - 1}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from lede_env.arguments import whole_number
 from lede_env.errors import LedeError
 
 DRAFT_CAP = 12  # paper section 4.1
@@ -15,7 +16,7 @@ DRAFT_CAP = 12  # paper section 4.1
 
 def check_speculation(speculation: int) -> None:
     """Raise a LedeError unless a round may draft this many tokens."""
-    if not 1 <= speculation <= DRAFT_CAP:
+    if not 1 <= whole_number("speculation", speculation) <= DRAFT_CAP:
         raise LedeError(f"speculation={speculation} is out of range: a round drafts 1 to {DRAFT_CAP} tokens")
 
 

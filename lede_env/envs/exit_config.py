@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any, Self
 
+from lede_env.arguments import number, whole_number
 from lede_env.errors import LedeError
 
 
@@ -48,20 +48,20 @@ class ExitConfig:
         return cls(**{name: _plain(name, value, kinds[name]) for name, value in kwargs.items()})
 
 
-# By annotation: the type a value must have, its plain form, and what an error calls it. Others are checked where used.
-_KINDS: dict[str, tuple[Any, Any, str]] = {
-    "int": (Integral, int, "a whole number"),
-    "float": (Real, float, "a number"),
-    "str": (str, str, "a string"),
-    "str | Sequence[str]": (str | Sequence, None, "a string or a list of strings"),
-    "Mapping[str, float]": (Mapping, dict, "a dict of numbers"),
+# By annotation: the type a value must have, and what an error calls it. Others are checked where used.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "a string"),
+    "str | Sequence[str]": (str | Sequence, "a string or a list of strings"),
+    "Mapping[str, float]": (Mapping, "a dict of numbers"),
 }
 
 
 def _plain(name: str, value: Any, annotation: str) -> Any:
+    if annotation in ("int", "float"):
+        return whole_number(name, value) if annotation == "int" else number(name, value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    kind, plain, meaning = _KINDS.get(annotation, (object, None, ""))
-    if not isinstance(value, kind) or (kind is not object and isinstance(value, bool)):
+    kind, meaning = _KINDS.get(annotation, (object, ""))
+    if not isinstance(value, kind):
         raise LedeError(f"{name}={value!r} must be {meaning}")
-    return value if plain is None else plain(value)
+    return dict(value) if isinstance(value, Mapping) else value

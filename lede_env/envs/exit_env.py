@@ -13,7 +13,7 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.forking import fork
 from lede_env.envs.rendering import ACCEPTED, REJECTED, RENDER_FPS, RENDER_MODES, WALKED, Column, Scene, Screen
-from lede_env.envs.texts import CLOSED, draw_key, draw_texts, prompt_index
+from lede_env.envs.texts import CLOSED, draw_key, draw_texts, known_options, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
 
@@ -151,8 +151,8 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         if self._closed:
             raise LedeError(CLOSED)
+        prompt_id = known_options(options, ["prompt_id"]).get("prompt_id")
         super().reset(seed=seed)
-        prompt_id = (options or {}).get("prompt_id")
         chosen = None if prompt_id is None else prompt_index(self.prompt_ids, prompt_id)
         if seed is not None or not self._has_key:
             self._key[0], self._texts[0], self._has_key = draw_key(self.np_random), 0, True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +28,14 @@ def draw_texts(n_prompts: int, keys: np.ndarray, counts: np.ndarray) -> tuple[np
     drawn = cast(np.ndarray, derive_seed(cast(Any, keys), cast(Any, counts)))  # its arithmetic is elementwise
     prompts = ((drawn >> 32) * n_prompts) >> 32
     return prompts.astype(np.int64), (drawn & (2**63 - 1)).astype(np.int64)
+
+
+def known_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> Mapping[str, Any]:
+    """The options of a reset; a LedeError for any that the environment does not know."""
+    unknown = [name for name in options or {} if name not in known]
+    if unknown:
+        raise LedeError(f"reset does not know the option {unknown[0]!r}; this environment takes {', '.join(known)}")
+    return options or {}
 
 
 def prompt_index(prompt_ids: Sequence[str], prompt_id: str) -> int:

@@ -14,8 +14,9 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from lede_env.arguments import whole_number
 from lede_env.envs.forking import fork
-from lede_env.envs.texts import CLOSED, draw_key, draw_texts, prompt_index
+from lede_env.envs.texts import CLOSED, draw_key, draw_texts, known_options, prompt_index
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT
 
@@ -87,7 +88,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         if self.closed:
             raise LedeError(CLOSED)
-        mask, chosen = self._checked_options(options or {})
+        mask, chosen = self._checked_options(known_options(options, ["reset_mask", "prompt_ids"]))
         seeds = self._checked_seeds(seed)
         lanes = np.flatnonzero(mask)
         for lane in lanes.tolist():
@@ -121,7 +122,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise LedeError(f"seed={seed!r} must be a whole number, or a list of {self.num_envs}")
         if len(seed) != self.num_envs:
             raise LedeError(f"seed lists {len(seed)} seeds for {self.num_envs} environments; give one each")
-        return [None if each is None else int(each) for each in seed]
+        return [None if each is None else whole_number("seed", each) for each in seed]
 
     def _begin(self, lanes: np.ndarray, chosen: np.ndarray | None = None) -> None:
         """Start the lanes' next episodes, on new prompts but where parts are to go on with the old one."""

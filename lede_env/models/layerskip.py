@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lede_env.arguments import clear_errors
 from lede_env.errors import LedeError
 from lede_env.models import corpus, evaluation
 from lede_env.models.layerskip_model import Shape, export
@@ -248,4 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

@@ -102,7 +102,7 @@ def resolve_folder(name: str | os.PathLike) -> tuple[Path, str]:
     spec = find_spec(text)
     if spec is not None and spec.hub_id is None:
         return EMBEDDED, "embedded"
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return Path(text), "checkpoint"
     hub_id = spec.hub_id if spec is not None else text
     if hub_id is None or hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
@@ -115,15 +115,19 @@ def resolve_folder(name: str | os.PathLike) -> tuple[Path, str]:
 
 def _download(hub_id: str, spec: ModelSpec | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # gated, absent, offline: the hub library raises a dozen types
+        offline = isinstance(error, LocalEntryNotFoundError)
+        reason = "it cannot be reached: no network, or HF_HUB_OFFLINE is set" if offline else type(error).__name__
         raise LedeError(
-            f"could not get {hub_id} from the Hugging Face hub ({type(error).__name__}). Accept its licence "
-            f"{f'({spec.licence}) ' if spec else ''}at https://huggingface.co/{hub_id}, sign in with `hf auth login`, "
-            "and try again; or give load_model a local folder with config.json and *.safetensors"
+            f"{'' if spec else f'no folder {hub_id!r} exists here, and '}could not get {hub_id} from the Hugging Face "
+            f"hub ({reason}). Accept its licence {f'({spec.licence}) ' if spec else ''}at "
+            f"https://huggingface.co/{hub_id}, sign in with `hf auth login`, and try again; or give load_model a local "
+            "folder with config.json and *.safetensors"
         ) from error
 
 

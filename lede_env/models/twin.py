@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lede_env.arguments import clear_errors
 from lede_env.digest import digest
 from lede_env.engine.layered_lm import Geometry, LayeredLM
 from lede_env.errors import LedeError
@@ -319,4 +320,5 @@ def main(model: str, out: Path, dtype: str = "bfloat16", device: str = "auto") -
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    with clear_errors():
+        tyro.cli(main)

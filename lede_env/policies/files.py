@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def load_policy(path: str | Path) -> MLPPolicy:
 
     Raises `LedeError` if a file is missing or damaged, or if this version cannot run the policy.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise LedeError(f"path={path!r} must be a policy's folder, its .safetensors file, or one of {sorted(SHIPPED)}")
     location = SHIPPED.get(str(path), Path(path))
     if location.suffix == ".safetensors":
         tensor_file, card_file = location, location.with_suffix(".json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lede_env.arguments import number, whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.errors import LedeError
 
@@ -53,7 +54,8 @@ class DraftVerify(Strategy):
     name = "draft_verify"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
+        whole_number("exit_layer", self.exit_layer)
+        if not 0.0 <= number("threshold", self.threshold) <= 1.0:
             raise LedeError(f"DraftVerify threshold={self.threshold} is not a probability; give a number in [0, 1]")
 
     def start(self, lm, seed) -> Control:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.round import check_speculation
 
@@ -35,6 +36,7 @@ class FiniteStateMachine(Strategy):
     name = "fsm"
 
     def __post_init__(self) -> None:
+        whole_number("exit_layer", self.exit_layer)
         check_speculation(self.speculation)
 
     def start(self, lm, seed) -> Control:

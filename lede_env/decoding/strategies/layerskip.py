@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.round import check_speculation
 
@@ -28,6 +29,7 @@ class LayerSkip(Strategy):
     name = "layerskip"
 
     def __post_init__(self) -> None:
+        whole_number("exit_layer", self.exit_layer)
         check_speculation(self.speculation)
 
     def start(self, lm, seed) -> Control:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
@@ -75,6 +76,8 @@ class Lede(Strategy):
                 f"Lede takes a policy, got {self.policy!r}; load one with lede_env.load_policy(PATH), or leave it out "
                 "for the one that ships with the model"
             )
+        if self.exit_layer is not None:
+            whole_number("exit_layer", self.exit_layer)
         if self.speculation is not None:
             check_speculation(self.speculation)
 

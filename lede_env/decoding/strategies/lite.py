@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lede_env.arguments import number, whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.errors import LedeError
 from lede_env.models.loading import EMBEDDED
@@ -48,10 +49,14 @@ class Lite(Strategy):
     def __post_init__(self) -> None:
         if self.thresholds is None:
             return
-        if not self.thresholds:
-            raise LedeError("Lite thresholds are empty; give a probability for every candidate layer, or leave it out")
+        if not isinstance(self.thresholds, Mapping) or not self.thresholds:
+            raise LedeError(
+                f"thresholds={self.thresholds!r} of Lite must be a dict, not empty: a probability for every candidate "
+                "layer; leave it out for those stored with the model"
+            )
         for layer, threshold in self.thresholds.items():
-            if not 0.0 <= threshold <= 1.0:
+            whole_number("exit_layer", layer)
+            if not 0.0 <= number(f"thresholds[{layer}]", threshold) <= 1.0:
                 raise LedeError(f"Lite threshold {threshold} at layer {layer} is not a probability; give one in [0, 1]")
 
     def start(self, lm, seed) -> Control:
