@@ -174,10 +174,12 @@ def time_methods(
     timings = {name: Timing() for name in methods}
     with progress_bar(console) as bar:
         task = bar.add_task("timing", total=repeats * len(prompts) * len(methods))
-        longest = max(prompts, key=lambda prompt: len(prompt[1]))  # on CUDA it makes the room and graphs for all
+        warm_up = [prompts[0]]
+        if synchronise:  # on CUDA the longest makes room and graphs for all
+            warm_up.append(max(prompts, key=lambda prompt: len(prompt[1])))
         for method in methods.values():
-            method(prompts[0])
-            method(longest)
+            for prompt in warm_up:
+                method(prompt)
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 order = list(methods)
