@@ -89,7 +89,7 @@ def logits_after(lm, session, token, layers):
 
 
 def branch_by_drafting(lm, ids, layer, sampling, seed, room):
-    """Tokens, raw signals, matches and shortfalls of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
+    """What a branch holds of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
     tokens, raw, matches, short, draws = [], [], [], [], Draws(seed)
     with torch.inference_mode():
         session = lm.session(1, len(ids) + room)
@@ -450,8 +450,8 @@ def test_format_is_pinned():
     assert trace_file.FORMAT_VERSION == 2 and trace_file.QUANTUM == 2**-15
     assert " ".join(f"{name}:{dtype.str}" for name, dtype in ARRAYS.items()) == (
         "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 match:<f4 drafts:<i4 shortfall:<f4 "
-        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_shortfall:<f4 branch_raw:<f4 "
-        "branch_match:<f4"
+        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_shortfall:<f4 "
+        "branch_raw:<f4 branch_match:<f4"
     )
 
 
