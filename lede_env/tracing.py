@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lede_env.data.trace_file import Trace, TraceHeader, quantize, text_digest
+from lede_env.data.trace_file import QUANTUM, Trace, TraceHeader, quantize, text_digest
 from lede_env.digest import digest
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
 from lede_env.engine.kv_cache import KVCache, Span
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import Lookup
 from lede_env.engine.round import DRAFT_CAP
-from lede_env.engine.signals import RAW, raw_signals
+from lede_env.engine.signals import RAW, raw_signals, shortfalls
 from lede_env.envs.backends import LiveBackend, Signals
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt
@@ -106,6 +106,7 @@ class _Recorder(LiveBackend):
         self.raw = np.zeros((size, n, RAW), np.float32)
         self.match = np.zeros(size, np.float32)
         self.neg_log_p_max = np.zeros(size, np.float32)
+        self.shortfall = np.zeros((size, n), np.float32)
         self.accept_probability = np.zeros((size, n), np.float32)
         self.layer_calls = 0  # layers times tokens
         self._chance = np.zeros((lanes, n), np.float32)  # acceptance probabilities of each lane's latest draw
@@ -137,6 +138,8 @@ class _Recorder(LiveBackend):
         rows = self.base[lanes] + self.known[lanes]
         signals = super()._store(lanes, logits)
         self.raw[rows], self.match[rows], self.neg_log_p_max[rows] = signals
+        drafts = torch.as_tensor(self.drafts[rows].T.astype(np.int64), device=logits.device)  # (C, n)
+        self.shortfall[rows] = shortfalls(logits[:-1], drafts).T.cpu().numpy()
         self.accept_probability[rows] = self.accepted[rows] if self.sampling.greedy else self._chance[lanes]
         return signals
 
@@ -152,7 +155,7 @@ class _Recorder(LiveBackend):
     def _finished(self, lane: int, seed: int) -> dict[str, np.ndarray]:
         """The arrays of a lane's text, and the branches from its wrong drafts, before the lane is used again."""
         rows = slice(self.base[lane], self.base[lane] + self.known[lane])
-        names = ("targets", "neg_log_p_max", "raw", "match", "drafts", "accept_probability", "accepted")
+        names = ("targets", "neg_log_p_max", "raw", "match", "drafts", "shortfall", "accept_probability", "accepted")
         text = {name: getattr(self, name)[rows].copy() for name in names}
         room = np.minimum(DRAFT_CAP - 1, self.positions - 1 - np.arange(self.known[lane]))  # tokens a branch may have
         wrong = ~text["accepted"] & ~np.isin(text["drafts"], self.lm.eos_ids) & (room > 0)[:, None]
@@ -221,33 +224,26 @@ class _BranchDrafter:
             self.cache.values[layer][0, :, :prefix] = source.values[layer][row, :, :prefix]
 
     def draft(self, roots: _Roots, prefix: int, lookup: Lookup) -> dict[str, np.ndarray]:
-        """Branches of all roots: `branch_lengths` (B,), `branch_tokens` and `branch_match` (M,), `branch_raw` (M, RAW).
+        """Branches of all roots: `branch_lengths` (B,); `branch_tokens`, `branch_match`, `branch_shortfall` (M,) and
+        `branch_raw` (M, RAW).
 
         `lookup` holds the whole sequence, prompt and text.
         """
-        tokens = np.full((len(roots), DRAFT_CAP - 1), -1, np.int32)
-        raw = np.zeros((len(roots), DRAFT_CAP - 1, RAW), np.float32)
-        match = np.zeros((len(roots), DRAFT_CAP - 1), np.float32)
+        tables = _tables(len(roots))
         for begin in range(0, len(roots), TOGETHER):
             part = np.arange(begin, min(begin + TOGETHER, len(roots)))
             part = part[np.argsort(roots.candidate[part], kind="stable")]  # those that go deeper come later
-            tokens[part], raw[part], match[part] = self._run(roots.take(part), prefix, lookup)
-        made = tokens >= 0
-        return {
-            "branch_lengths": made.sum(1),
-            "branch_tokens": tokens[made],
-            "branch_raw": raw[made],
-            "branch_match": match[made],
-        }
+            for name, values in self._run(roots.take(part), prefix, lookup).items():
+                tables[name][part] = values
+        made = tables["branch_tokens"] >= 0
+        return {"branch_lengths": made.sum(1)} | {name: table[made] for name, table in tables.items()}
 
     @torch.inference_mode()
-    def _run(self, roots: _Roots, prefix: int, lookup: Lookup) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (B, cap - 1), -1 where a branch has ended, raw signals (B, cap - 1, RAW) and match (B, cap - 1) of
-        branches in ascending order of their layers."""
+    def _run(self, roots: _Roots, prefix: int, lookup: Lookup) -> dict[str, np.ndarray]:
+        """The `_tables` of branches in ascending order of their layers."""
         device, n = self.lm.device, len(roots)
-        tokens = np.full((n, DRAFT_CAP - 1), -1, np.int32)
-        raw = np.zeros((n, DRAFT_CAP - 1, RAW), np.float32)
-        match = np.zeros((n, DRAFT_CAP - 1), np.float32)
+        tables = _tables(n)
+        tokens, raw, match, shortfall = tables.values()
         drafted = [[token] for token in roots.token.tolist()]  # of each branch, the wrong draft included
         draws = [Draws(seed) for seed in roots.seed]
         slot = torch.as_tensor(roots.slot, device=device)  # (B,)
@@ -268,10 +264,12 @@ class _BranchDrafter:
             guesses = torch.tensor([token for token, _ in found], device=device)
             raw[active, step] = raw_signals(logits, guesses).float().cpu().numpy()
             match[active, step] = [share for _, share in found]
-            tokens[active, step] = pending[active] = self._choose(logits, [draws[i] for i in active.tolist()])
+            chosen = self._choose(logits, [draws[i] for i in active.tolist()])
+            tokens[active, step] = pending[active] = chosen
+            shortfall[active, step] = shortfalls(logits, torch.as_tensor(chosen, device=device)).cpu().numpy()
             for i in active.tolist():
                 drafted[i].append(int(pending[i]))
-        return tokens, raw, match
+        return tables
 
     def _exits(self, x: Tensor, positions: Tensor, candidate: np.ndarray, mask: Tensor, start: int) -> Tensor:
         """(Q, H) states at layer 0 -> (Q, H) states at each query's own layer; queries in ascending order of it."""
@@ -294,6 +292,18 @@ class _BranchDrafter:
             return logits.argmax(-1).cpu().numpy()
         probabilities = self.sampling.probabilities(logits)
         return np.array([draw(p, own.next()) for p, own in zip(probabilities, draws, strict=True)])
+
+
+def _tables(branches: int) -> dict[str, np.ndarray]:
+    """Places for the drafts of B branches: (B, cap - 1) each, the raw signals (B, cap - 1, RAW); tokens that a branch
+    does not come to are -1."""
+    shape = (branches, DRAFT_CAP - 1)
+    return {
+        "branch_tokens": np.full(shape, -1, np.int32),
+        "branch_raw": np.zeros((*shape, RAW), np.float32),
+        "branch_match": np.zeros(shape, np.float32),
+        "branch_shortfall": np.zeros(shape, np.float32),
+    }
 
 
 def _header(
@@ -339,6 +349,7 @@ def _assemble(
     branch = np.full(wrong.shape, -1)
     branch[wrong] = np.arange(len(lengths))
     joined |= {name: quantize(joined[name], header.vocab) for name in ("raw", "branch_raw")}
+    joined |= {name: np.rint(joined[name] / QUANTUM) * QUANTUM for name in ("shortfall", "branch_shortfall")}
     return Trace(
         header,
         prompt_ids=tuple(prompt.id for prompt in prompts),

@@ -24,6 +24,7 @@ from lede_env.engine.signals import (
     feature_bounds,
     raw_signals,
     select_features,
+    shortfalls,
     trace_feature,
 )
 from lede_env.errors import LedeError
@@ -70,7 +71,7 @@ def test_features_lie_within_their_bounds(logits):
     low, high = feature_bounds(DRAFT_FEATURES, logits.shape[-1])
     for share in (0.0, 1.0):
         context = dict(layer=share, trace=30.0 * share, phase=1.0 + share, position=share)
-        context |= dict(doubt=30.0 * share, temperature=1e6 * share)
+        context |= dict(doubt=30.0 * share, temperature=1e6 * share, drawn=30.0 * share)
         features = compute_features(DRAFT_FEATURES, raw, **context)
         assert features.dtype == np.float32 == low.dtype == high.dtype
         assert (features >= low).all() and (features <= high).all()
@@ -79,9 +80,10 @@ def test_features_lie_within_their_bounds(logits):
 def test_features_by_hand():
     raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5, -2.5], np.float32)
     context = dict(layer=0.5, trace=0.75, match=0.5, phase=2.0, position=0.25, doubt=1.25, temperature=0.6)
+    context |= dict(drawn=0.125)
     features = compute_features(DRAFT_FEATURES, raw, **context)
     expected = dict(confidence=14.25 / 5, entropy=1.5, trace=0.75, layer=0.5, margin=1.75, top1=0.25)
-    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5, doubt=1.25, temperature=0.375)
+    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5, doubt=1.25, temperature=0.375, drawn=0.125)
     np.testing.assert_allclose(features, [expected[name] for name in DRAFT_FEATURES], rtol=1e-6)
     chosen = compute_features(("margin", "trace"), raw, layer=0.5, trace=0.75)
     np.testing.assert_allclose(chosen, [1.75, 0.75])
@@ -93,14 +95,17 @@ def test_features_by_hand():
 
 def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
-    signals = LogitSignals(layer=4, n_layers=16, position=3, cap=12, trace=0.5, guess=(7, 0.25), logits=logits)
+    signals = LogitSignals(4, 16, position=3, cap=12, trace=0.5, guess=(7, 0.25), token=11, logits=logits)
     raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
+    drawn = float(logits.max() - logits[11])
     inputs = signals.inputs(DRAFT_FEATURES)  # of the largest logits only those that a feature is made of
     np.testing.assert_allclose(inputs[:CONFIDENCE_K], raw[:CONFIDENCE_K], rtol=1e-5)
-    np.testing.assert_allclose(inputs[TOP:], [*raw[TOP:], 0.5, 0.25, 0.25, 2.0, 0.25, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(inputs[TOP:], [*raw[TOP:], 0.5, 0.25, 0.25, 2.0, 0.25, 0, 0, drawn], rtol=1e-5)
     assert signals.best == int(logits.argmax())
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
-    expected = compute_features(DRAFT_FEATURES, raw, layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25)
+    assert signals.probability == pytest.approx(float(logits.softmax(-1)[11]))
+    context = dict(layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25, drawn=drawn)
+    expected = compute_features(DRAFT_FEATURES, raw, **context)
     np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-5)
     # What differences of logits give is computed without the softmax, and is the same.
     cheap = ("margin", "echo", "match", "layer")
@@ -111,11 +116,21 @@ def test_signals_of_the_decoder():
 
 def test_doubt_and_temperature():
     two = torch.tensor([1.0, 2.5])  # of two tokens, the doubt is -log p of the best
-    assert draft_doubt(1.5) == pytest.approx(-float(two.log_softmax(-1).max()))
+    assert draft_doubt(1.5, 0.0) == pytest.approx(-float(two.log_softmax(-1)[1]))
+    assert draft_doubt(1.5, 1.5) == pytest.approx(-float(two.log_softmax(-1)[0]))  # the other one was drawn
     signals = LogitSignals(4, 16, position=3, cap=12, doubt=29.5, temperature=1.0, logits=two)
     np.testing.assert_allclose(signals.features(("doubt", "temperature")), [29.5, 0.5])
     signals.doubt += 1.0
     assert signals.features(("doubt",)) == [30.0]
+
+
+def test_what_was_drawn_shows_after_the_draw():
+    logits = torch.tensor([[1.0, 3.5, 3.0], [-torch.inf, 0.0, 50.0]])
+    assert shortfalls(logits, torch.tensor([0, 0])).tolist() == [2.5, 30.0]
+    for position, seen in ((0, 0.0), (1, 2.5)):  # phase 1 decides before it draws
+        signals = LogitSignals(4, 16, position=position, cap=12, token=0, logits=logits[0])
+        assert signals.shortfall == 2.5 and signals.features(("drawn",)) == [seen]
+    assert LogitSignals(4, 16, position=1, cap=12, token=0, logits=logits[1]).features(("drawn",)) == [30.0]
 
 
 def test_trace_window_and_trace_feature_agree():
@@ -148,11 +163,18 @@ def test_trace_of_drafts_not_yet_verified():
 def test_feature_sets():
     assert select_features("paper", "exit") == PAPER_FEATURES == ("confidence", "entropy", "trace")
     assert select_features("extended", "exit") == EXIT_FEATURES
-    assert select_features("extended", "draft") == (*EXIT_FEATURES, "phase", "position", "doubt", "temperature")
+    assert select_features("extended", "draft") == (
+        *EXIT_FEATURES,
+        "phase",
+        "position",
+        "doubt",
+        "temperature",
+        "drawn",
+    )
     assert select_features(["top1", "layer"], "exit") == ("top1", "layer")
     low, high = feature_bounds(DRAFT_FEATURES, 97)
-    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0])
-    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1, 30, 1], rtol=1e-6)
+    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1, 30, 1, 30], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def logits_after(lm, session, token, layers):
 
 
 def branch_by_drafting(lm, ids, layer, sampling, seed, room):
-    """Tokens, raw signals, matches of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
-    tokens, raw, matches, draws = [], [], [], Draws(seed)
+    """What a branch holds of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
+    tokens, raw, matches, short, draws = [], [], [], [], Draws(seed)
     with torch.inference_mode():
         session = lm.session(1, len(ids) + room)
         session.prefill(0, ids[:-1])
@@ -104,9 +104,10 @@ def branch_by_drafting(lm, ids, layer, sampling, seed, room):
             matches.append(match)
             pending = int(logits.argmax()) if sampling.greedy else draw(sampling.probabilities(logits)[0], draws.next())
             tokens.append(pending)
+            short.append(float(logits.max() - logits[0, pending]))
             if pending in lm.eos_ids:
                 break
-    return tokens, np.array(raw), matches
+    return tokens, np.array(raw), matches, short
 
 
 def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
@@ -136,6 +137,8 @@ def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
             assert trace.match[row] == match
             np.testing.assert_allclose(trace.raw[row], raw[:-1], atol=QUANTUM)
             np.testing.assert_allclose(trace.neg_log_p_max[row], -raw[-1, 0], atol=1e-6)
+            short = logits[:-1].amax(-1) - logits[range(len(LAYERS)), drafts]
+            np.testing.assert_allclose(trace.shortfall[row], short, atol=QUANTUM)
             assert not (trace.raw[row] / QUANTUM % 1).any()
             branches += check_branches(lm, trace, text, row, ids)
             ids = [*ids, target]
@@ -154,11 +157,12 @@ def check_branches(lm, trace, text, row, ids):
             assert branch == -1
             continue
         seed = derive_seed(int(trace.text_seeds[text]), position, layer)
-        tokens, raw, matches = branch_by_drafting(lm, [*ids, draft], layer, sampling_of(trace), seed, room)
+        tokens, raw, matches, short = branch_by_drafting(lm, [*ids, draft], layer, sampling_of(trace), seed, room)
         rows = slice(trace.branch_starts[branch], trace.branch_starts[branch + 1])
         assert trace.branch_tokens[rows].tolist() == tokens
         np.testing.assert_allclose(trace.branch_raw[rows], raw, atol=QUANTUM)
         assert trace.branch_match[rows].tolist() == matches
+        np.testing.assert_allclose(trace.branch_shortfall[rows], short, atol=QUANTUM)
         found += 1
     return found
 
@@ -252,7 +256,7 @@ def test_a_trace_without_branches_is_a_trace(tmp_path, lm):
     empty = replace(
         short, drafts=short.targets[:, None], accepted=np.ones_like(short.accepted), branch=np.full((2, 1), -1),
         accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 12)),
-        branch_match=[],
+        branch_match=[], branch_shortfall=[],
     )  # fmt: skip
     empty.save(tmp_path / "a.h5")
     assert load_trace(tmp_path / "a.h5").digest == empty.digest
@@ -443,11 +447,11 @@ def test_relabelled_for_a_twin(tmp_path, traces):
 
 def test_format_is_pinned():
     """A change to the arrays is a new format version."""
-    assert trace_file.FORMAT_VERSION == 1 and trace_file.QUANTUM == 2**-15
+    assert trace_file.FORMAT_VERSION == 2 and trace_file.QUANTUM == 2**-15
     assert " ".join(f"{name}:{dtype.str}" for name, dtype in ARRAYS.items()) == (
-        "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 match:<f4 drafts:<i4 "
-        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_raw:<f4 "
-        "branch_match:<f4"
+        "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 match:<f4 drafts:<i4 shortfall:<f4 "
+        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_shortfall:<f4 "
+        "branch_raw:<f4 branch_match:<f4"
     )
 
 

@@ -26,7 +26,7 @@ from lede_env.data.trajectory_layout import read_errors, temporary
 from lede_env.errors import LedeError
 
 FORMAT = "lede-trace"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOP, RAW = 10, 12  # as in engine.signals, which imports torch
 LOG_FLOOR = -30.0
 QUANTUM = 2.0**-15  # raw signals are multiples of it: they compress, and are at most 1.5e-5 off
@@ -42,11 +42,13 @@ ARRAYS: dict[str, np.dtype] = {
     "raw": np.dtype("<f4"),
     "match": np.dtype("<f4"),
     "drafts": np.dtype("<i4"),
+    "shortfall": np.dtype("<f4"),
     "accept_probability": np.dtype("<f4"),
     "accepted": np.dtype("bool"),
     "branch": np.dtype("<i4"),
     "branch_starts": np.dtype("<i8"),
     "branch_tokens": np.dtype("<i4"),
+    "branch_shortfall": np.dtype("<f4"),
     "branch_raw": np.dtype("<f4"),
     "branch_match": np.dtype("<f4"),
 }
@@ -93,6 +95,7 @@ class Trace:
                                 and how far the lookup's guess is below its best token
         match         (N,)      how long a match that guess comes from, 0 to 1 (engine/lookup.py)
         drafts        (N, C)    x at each candidate      |          all in the context prompt + y0 .. y(n-1)
+        shortfall     (N, C)    how far log p(x) is below its best token's, nats, T = 1; greedy: 0
         accept_probability      min(1, q(y) / p(y))      |          (N, C); greedy: 1 or 0
         accepted      (N, C)    x == y                   |
         branch        (N, C)    -1   0   -1   1   2      |          (one candidate shown) index of a branch, or -1
@@ -102,7 +105,7 @@ class Trace:
 
         branch_starts (B + 1,)      0        3    ...        b ascends with (row, candidate)
         branch_tokens (M,)          z1 z2 z3 |               at most cap - 1, up to a drafted EOS (the last one then)
-        branch_raw    (M, 12)       the distributions that gave them; branch_match (M,) likewise
+        branch_raw    (M, 12)       the distributions that gave them; branch_match and branch_shortfall (M,) likewise
 
     A wrong draft has no branch (-1) if it is an EOS, or stands at row T of its text: no branch goes beyond that row.
     """
@@ -119,11 +122,13 @@ class Trace:
     raw: np.ndarray
     match: np.ndarray
     drafts: np.ndarray
+    shortfall: np.ndarray
     accept_probability: np.ndarray
     accepted: np.ndarray
     branch: np.ndarray
     branch_starts: np.ndarray
     branch_tokens: np.ndarray
+    branch_shortfall: np.ndarray
     branch_raw: np.ndarray
     branch_match: np.ndarray
 
@@ -331,6 +336,10 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
         raw = getattr(trace, name)
         low, high = ([LOG_FLOOR] * TOP + [0.0, LOG_FLOOR]), ([0.0] * TOP + [math.log(header.vocab), 0.0])
         demand((raw >= np.array(low)) & (raw <= np.array(high)), f"{name} is out of its bounds")
+    for name in ("shortfall", "branch_shortfall"):
+        short = getattr(trace, name)
+        most = -LOG_FLOOR if header.temperature > 0 else 0.0
+        demand((short >= 0) & (short <= most), f"{name} is not in [0, {most:g}]")
     for name in ("match", "branch_match"):
         match = getattr(trace, name)
         demand((match >= 0) & (match <= 1), f"{name} is not in [0, 1]")
@@ -356,6 +365,7 @@ def _check_shapes(trace: Trace, demand: Callable[[Any, str], None]) -> None:
         "match": (rows,),
         "branch_starts": (branches + 1,),
         "branch_tokens": (tokens,),
+        "branch_shortfall": (tokens,),
         "branch_raw": (tokens, RAW),
         "branch_match": (tokens,),
     }

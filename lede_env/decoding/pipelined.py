@@ -87,7 +87,8 @@ def _draft(
         row.round.checks += 1
         session.advance([0], [path[step + 1]])
         lap("drafting layers")
-    row.round.drafts.append(int(values[TOKEN]))
+    signals.token = int(values[TOKEN])
+    row.round.drafts.append(signals.token)
     row.control.drew(signals, row.round)
     more = goes_on(session.lm, row, signals)
     lap("policy")

@@ -110,6 +110,7 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
         if leaving and not sampling.greedy:
             _sample_drafts(logits[list(leaving)], list(leaving.values()), sampling)
         for row in leaving.values():
+            left[row.index].token = row.round.drafts[-1]
             row.control.drew(left[row.index], row.round)
         walking, step = staying, step + 1
         lap("policy")
@@ -136,7 +137,7 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         return False
     if row.doubts:
         first, second = signals.largest(2)[:2]
-        row.doubt += float(draft_doubt(first - second))
+        row.doubt += float(draft_doubt(first - second, signals.shortfall))
     return row.control.keep_drafting(signals, row.round)
 
 

@@ -30,11 +30,11 @@ LOG_FLOOR = -30.0  # keeps every bound finite
 
 PAPER_FEATURES = ("confidence", "entropy", "trace")
 EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1", "match", "echo")
-DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature")
+DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature", "drawn")
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
 
 # What each feature is: weights of the inputs, which are the raw signals and then the context.
-CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature")
+CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn")
 INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
@@ -127,20 +127,30 @@ def compute_features(
     position: np.ndarray | float = 0.0,
     doubt: np.ndarray | float = 0.0,
     temperature: float = 0.0,
+    drawn: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
     inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    context = (trace, layer, match, phase, position, doubt, warmth(temperature))
+    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn)
     for place, value in enumerate(context, RAW):
         inputs[..., place] = value
     # Not by BLAS: there the last bit depends on the number of threads, and datasets are compared bit for bit.
     return np.einsum("...i,if->...f", inputs, feature_matrix(names)).astype(np.float32)
 
 
-def draft_doubt(margin: Any) -> Any:
-    """How doubtful a draft's best token is, nats: -log p of it, were there only the two best. Takes no softmax."""
-    return np.log1p(np.exp(-margin))
+def draft_doubt(margin: Any, shortfall: Any) -> Any:
+    """How doubtful a draft is, nats: -log p of it, were there only the two best tokens. Takes no softmax.
+
+    margin: how far the second token is below the best; shortfall: how far the drawn one is.
+    """
+    return np.log1p(np.exp(-margin)) + shortfall
+
+
+def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(..., V) logits, (...,) tokens drawn -> (...,) how far each is below the most probable one, nats, at most 30."""
+    own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return (logits.amax(-1) - own).clamp_max_(-LOG_FLOOR)
 
 
 def warmth(temperature: float) -> float:
@@ -193,6 +203,7 @@ class Signals:
     guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
     doubt: float = 0.0  # sum of `draft_doubt` over the drafts made so far this round
     temperature: float = 0.0  # of sampling
+    token: int = -1  # drawn from this distribution, once it is
 
     @property
     def phase(self) -> int:
@@ -218,9 +229,20 @@ class Signals:
         """Logit of the lookup's token, where there is one."""
         raise NotImplementedError
 
-    def probability(self, token: int) -> float:
-        """Probability of the token drawn from this distribution, at temperature 1."""
+    @property
+    def token_logit(self) -> float:
+        """Logit of the token drawn."""
         raise NotImplementedError
+
+    @property
+    def shortfall(self) -> float:
+        """How far the token drawn is below the most probable one, nats."""
+        return min(self.largest(1)[0] - self.token_logit, -LOG_FLOOR)
+
+    @property
+    def probability(self) -> float:
+        """Probability of the token drawn, at temperature 1."""
+        return math.exp(self.log_p_max - self.shortfall)
 
     @property
     def top1(self) -> float:
@@ -237,7 +259,8 @@ class Signals:
         far = LOG_FLOOR if token < 0 else max(self.guess_logit - logits[0], LOG_FLOOR)
         context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
         of_round = (min(self.doubt, -LOG_FLOOR), warmth(self.temperature))
-        return np.array((*top, spread, far, *context, *of_round), np.float32)
+        drawn = self.shortfall if self.position and "drawn" in names else 0.0  # phase 1 decides before the draw
+        return np.array((*top, spread, far, *context, *of_round, drawn), np.float32)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
@@ -299,5 +322,6 @@ class LogitSignals(Signals):
     def guess_logit(self) -> float:
         return float(self.numbers[self.guess[0]])
 
-    def probability(self, token: int) -> float:
-        return float(self.logits.softmax(-1)[token])
+    @property
+    def token_logit(self) -> float:
+        return float(self.numbers[self.token])

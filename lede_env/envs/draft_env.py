@@ -58,7 +58,7 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution of the draft in view, always at temperature
-    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all twelve; a tuple
+    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all thirteen; a tuple
     of names picks.
 
     | Num | Feature    | Meaning                                                         | Min | Max    |
@@ -73,8 +73,9 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     | 7   | echo       | log p of the best token minus that of what followed there; 30: nothing found | 0 | 30 |
     | 8   | phase      | 1 or 2                                                          | 1   | 2      |
     | 9   | position   | drafts made in this round before the one in view / `cap`        | 0   | 1      |
-    | 10  | doubt      | sum over those of log(1 + exp(-margin)): nearly -log p of their best tokens | 0 | 30 |
+    | 10  | doubt      | sum over those of log(1 + exp(-margin)) + drawn: nearly -log p of their tokens | 0 | 30 |
     | 11  | temperature | T / (1 + T) of the sampling temperature                        | 0   | 1      |
+    | 12  | drawn      | log p of the best token minus that of the token drawn; in phase 1, before the draw: 0 | 0 | 30 |
 
     ## Rewards
     All paid at verification, which carries `info["discount"] = 0`; all other steps are worth 0 and carry 1. Use

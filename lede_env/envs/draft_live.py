@@ -39,7 +39,7 @@ class _Lane:
     q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
     surprise: list[float] = field(default_factory=list)  # -log p_max of each draft made, the one in view included
     doubt: float = 0.0  # of the drafts drawn
-    own_doubt: float = 0.0  # of the draft in view
+    margin: float = 0.0  # of the draft in view
 
     def open_round(self) -> None:
         self.round, self.candidate, self.q, self.surprise, self.doubt = Round(), 0, [], [], 0.0
@@ -204,7 +204,7 @@ class DraftLiveBackend:
         )
         for lane, signals in zip(lanes, raw, strict=True):
             lane.surprise.append(-float(signals[0]))
-            lane.own_doubt = float(draft_doubt(signals[0] - signals[1]))
+            lane.margin = float(signals[0] - signals[1])
         for row, lane in zip(rows, lanes, strict=True):
             if lane.candidate == len(self.candidate_layers) - 1 or lane.round.drafts:  # no way but to keep it
                 self._draw(row)
@@ -217,7 +217,11 @@ class DraftLiveBackend:
             lane.q.append(self.sampling.probabilities(lane.logits.unsqueeze(0))[0])
             token = draw(lane.q[-1], lane.draws.next())
         self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
-        lane.kept, lane.doubt = True, lane.doubt + lane.own_doubt
+        best, own = lane.logits[[lane.best, token]].tolist()
+        shortfall = min(best - own, -LOG_FLOOR)
+        if lane.round.drafts and "drawn" in self.features:  # in phase 2, where the decision comes after the draw
+            self.signals[self._node(row), self.features.index("drawn")] = shortfall
+        lane.kept, lane.doubt = True, lane.doubt + float(draft_doubt(lane.margin, shortfall))
         lane.round.drafts.append(token)
         lane.round.exits.append(self.candidate_layers[lane.candidate])
 

@@ -49,12 +49,15 @@ class DraftTraceBackend(TraceBackend):
             )
         self.cap, self._width = cap, len(trace.header.candidate_layers)
         self.signals = np.concatenate([self.observations.reshape(-1, len(features)), self._branch_signals()])
+        self._shortfall = np.concatenate([trace.shortfall.reshape(-1), trace.branch_shortfall])  # (nodes,)
+        if "drawn" in features:
+            self.signals[:, features.index("drawn")] = self._shortfall
         self.after = self._edges()  # (nodes,) int32
         # Small types: thousands of lanes read from all over the tables, which had better fit the processor's cache.
         self.run = _runs(trace, cap).reshape(-1)  # (cells,) drafts in a row that are right, from here, at most cap
         self.left = np.repeat(_tokens_left(trace, cap + 2), self._width)  # (cells,) tokens until the EOS, included
         self._position = np.arange(-1, cap) / cap  # by draft number
-        of_round = ("trace", "phase", "position", "doubt")  # not of the node alone
+        of_round = ("trace", "phase", "position", "doubt", "drawn")  # not of the node alone
         self._column = {name: features.index(name) for name in of_round if name in features}
         self._doubts = self._draft_doubts() if "doubt" in features else np.zeros(0)  # (cells * cap,) float32
         self._traces = self._draft_traces() if "trace" in features else np.zeros(0)  # (cells * cap,) float32
@@ -82,6 +85,8 @@ class DraftTraceBackend(TraceBackend):
                 out[..., column] = self._doubts.take(cell * self.cap + (draft - 1), mode="clip")
             elif name == "phase":
                 out[..., column] = np.minimum(draft, 2)
+            elif name == "drawn":
+                out[..., column] *= np.greater(draft, 1)  # phase 1 decides before the draw
             else:
                 out[..., column] = self._position.take(draft)
         return out
@@ -130,7 +135,7 @@ class DraftTraceBackend(TraceBackend):
         """(cells * cap,) the `doubt` feature of draft k of a round, at cell * cap + k - 1: of its drafts before k."""
         trace, cells = self.trace, self.trace.accepted.size
         raw = np.concatenate([trace.raw.reshape(cells, -1)[:, :2], trace.branch_raw[:, :2]])  # (nodes, 2)
-        own = draft_doubt(raw[:, 0] - raw[:, 1])
+        own = draft_doubt(raw[:, 0] - raw[:, 1], self._shortfall)
         sums, node = np.zeros((cells, self.cap), np.float32), np.arange(cells)
         for k in range(1, self.cap):
             sums[:, k] = sums[:, k - 1] + own[node]

@@ -23,7 +23,7 @@ class _Adaptive(Control):
     def keep_drafting(self, signals, round_):
         round_.decisions += 1
         # Of the drawn token, before temperature, top-k and top-p: the largest one when decoding is greedy.
-        return signals.probability(round_.drafts[-1]) >= self.threshold
+        return signals.probability >= self.threshold
 
     def learn(self, round_):
         rate = round_.accepted / len(round_.drafts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -130,5 +129,6 @@ class ReadSignals(Signals):
     def guess_logit(self) -> float:
         return self.values[GUESS]
 
-    def probability(self, token: int) -> float:
-        return math.exp(self.values[TOKEN_LOGIT] - self.values[LOG_SUM])  # `token` is the one that was drawn
+    @property
+    def token_logit(self) -> float:
+        return self.values[TOKEN_LOGIT]
