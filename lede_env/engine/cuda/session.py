@@ -1,15 +1,16 @@
 """A session of one sequence on CUDA: every segment of the model a captured graph over static buffers.
 
 Kernels read the position, the open slot, the lookup's guess and the uniform numbers of draws from a small `state` on
-the device, filled by one copy before each graph, so a graph serves every round. Nothing here waits for the device but
-`drawn` and `verified`; the decoder launches the next draft's layers before it asks (`lede_env.decoding.pipelined`).
+the device, which each graph fetches first (`lede_env.engine.cuda.mailbox`), so a graph serves every round. Nothing here
+waits for the device but `drawn` and `verified`; the decoder launches the next draft's layers before it asks
+(`lede_env.decoding.pipelined`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,14 +18,15 @@ from torch import Tensor
 from lede_env.engine.acceptance import Sampling, residual
 from lede_env.engine.cuda.attention import Attention
 from lede_env.engine.cuda.linear import Gained, gain, linear
+from lede_env.engine.cuda.mailbox import Mailbox
 from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
+from lede_env.engine.cuda.verdict import GreedyVerdict
 from lede_env.engine.session import Session
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
-INTS = 5  # whole numbers of `state`
-RING = 64  # host buffers of `state` in turn: more than there are launches between two waits
+INTS = 5  # whole numbers of `state`: length, slot, guess or -1, token or -1, number of drafts
 GRAPHS = 256  # captured at a time; the least used goes first
 POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
 IDLE = 3  # sessions of a model kept for later
@@ -59,30 +61,27 @@ class GraphSession(Session):
         self._inner = torch.zeros(width, g.mlp, dtype=lm.dtype, device=device)
         self._gained = {n: Gained.empty(n, g.hidden, lm.dtype, device) for n in (1, width)}
         self._attend = {n: Attention(n, g.heads, g.kv_heads, g.head_dim, device) for n in (1, width)}
-        self._read = ReadOut(g.vocab, device)
+        self._read, self._match = ReadOut(g.vocab, device), GreedyVerdict(width, g.vocab, device)
         self._draft_logits = torch.zeros(width, g.vocab, device=device)  # row i is what draft i was drawn from
         self._logits = torch.zeros(width, g.vocab, device=device)  # of the last verification
         self._tokens = torch.zeros(width + 1, dtype=torch.long, device=device)  # of the open slots
         self._rope = torch.view_as_real(lm.rope)
         self._offsets = torch.arange(width, device=device)
-        # length, slot, guess or -1, token or -1, number of drafts, and the bits of width + 1 uniform numbers
-        self._state = torch.zeros(INTS + width + 1, dtype=torch.long, device=device)
-        self._uniforms = self._state[INTS:].view(torch.float64)
-        self._ring = torch.zeros(RING, INTS + width + 1, dtype=torch.long).pin_memory()
-        self._ints, self._floats = self._ring.numpy(), self._ring.view(torch.float64).numpy()
-        self._turn = 0
-        self._out, self._out_host = torch.zeros(SIZE, device=device), torch.zeros(SIZE).pin_memory()
+        self._mail = Mailbox(INTS, width + 1, device)
+        self._state, self._uniforms = self._mail.state, self._mail.floats
+        self._out = torch.zeros(SIZE, device=device)
+        self._outs, self._ready = self._mail.answers(SIZE, torch.float32), torch.cuda.Event()
         # accepted drafts and the token after them; -log p_max of each open slot
         self._verdict = torch.zeros(2 + width, dtype=torch.float64, device=device)
-        self._verdicts = deque(
-            (torch.zeros(2 + width, dtype=torch.float64).pin_memory(), torch.cuda.Event()) for _ in range(2)
-        )
-        self._ready = torch.cuda.Event()
+        self._verdicts = self._mail.answers(2 + width, torch.float64)
+        self._settled = deque((0, torch.cuda.Event()) for _ in range(2))  # rows of the last two; events
+        self._row = 0  # of the last read-out
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
+        self._mail.rewind()
         self.lm.idle.insert(0, self)
         del self.lm.idle[IDLE:]
 
@@ -99,8 +98,7 @@ class GraphSession(Session):
             self._embed_and_run(self.lm.n_layers)
             self._verify(1, sampling, doubts)
 
-        self._replay(("step", sampling, doubts), body, slot=0, token=token, uniforms=uniforms)
-        self._settle()
+        self._settle(self._replay(("step", sampling, doubts), body, slot=0, token=token, uniforms=uniforms))
 
     def extend(self, goal: int) -> None:
         """Open the next slot with the token just drawn, still on the device, and run it through layers 1..goal."""
@@ -120,14 +118,14 @@ class GraphSession(Session):
         """
         uniforms = () if uniform is None else (uniform,)
         slot = len(self.depth[0]) - 1
-        self._replay(("read", sampling), lambda: self._read_out(sampling), slot=slot, guess=guess, uniforms=uniforms)
-        self._out_host.copy_(self._out, non_blocking=True)
+        body = lambda: self._read_out(sampling)  # noqa: E731
+        self._row = self._replay(("read", sampling), body, slot=slot, guess=guess, uniforms=uniforms)
         self._ready.record()
 
     def drawn(self) -> list[float]:
         """Wait for the last `read`: its read-out, see `lede_env.engine.cuda.readout`."""
         self._ready.synchronize()
-        return self._out_host.tolist()
+        return self._outs[self._row].tolist()
 
     def verify(self, uniforms: Sequence[float], sampling: Sampling, doubts: bool) -> None:
         """Run every open slot to full depth and settle the drafts, with a uniform number each and one more.
@@ -138,22 +136,20 @@ class GraphSession(Session):
         drafts = len(self.depth[0]) - 1
         rows = self.width if drafts else 1
         key, body = ("verify", rows, sampling, doubts), lambda: self._verify(rows, sampling, doubts)
-        self._replay(key, body, slot=0, drafts=drafts, uniforms=uniforms)
-        self._settle()
+        self._settle(self._replay(key, body, slot=0, drafts=drafts, uniforms=uniforms))
 
-    def _settle(self) -> None:
-        """Bring the verdict home: into the other of two places, for the host may not have read the last one yet."""
-        self._verdicts.append(self._verdicts.popleft())
-        host, ready = self._verdicts[-1]
-        host.copy_(self._verdict, non_blocking=True)
+    def _settle(self, row: int) -> None:
+        """Remember where the verdict will be, and the one before: the host may not have read it yet."""
+        _, ready = self._settled.popleft()
         ready.record()
+        self._settled.append((row, ready))
 
     def verified(self, earlier: int = 0) -> tuple[int, int, list[float]]:
         """Wait for `verify` or `step`, the last one or the one before: drafts accepted, the token after them, and
         -log p_max of each slot."""
-        host, ready = self._verdicts[-1 - earlier]
+        row, ready = self._settled[-1 - earlier]
         ready.synchronize()
-        accepted, token, *doubts = host.tolist()
+        accepted, token, *doubts = self._verdicts[row].tolist()
         return int(accepted), int(token), doubts
 
     # Moving slots: what `Session.advance` calls.
@@ -202,8 +198,11 @@ class GraphSession(Session):
     def _read_out(self, sampling: Sampling) -> None:
         self._head(self._draft_logits, 1)
         self._read(self._draft_logits, self._out, self._tokens, self._state, draw=sampling.greedy)
-        if sampling.greedy:
-            return
+        if not sampling.greedy:
+            self._draw(sampling)
+        self._mail.answer(self._out, self._outs)
+
+    def _draw(self, sampling: Sampling) -> None:
         slot = self._state[1:2]
         logits = self._draft_logits.index_select(0, slot)
         token = draw(sampling.probabilities(logits), self._uniforms[:1])
@@ -215,20 +214,15 @@ class GraphSession(Session):
         """As `greedy_match` and `speculative_match` settle a round, without asking the host."""
         self._head(self._logits, rows)
         logits = self._logits[:rows]
-        accepted, following = (self._match if sampling.greedy else self._speculate)(logits, sampling)
-        self._tokens[:1] = following  # the next round's pending token
-        self._verdict[:1], self._verdict[1:2] = accepted, following
+        if sampling.greedy:
+            self._match(logits, self._tokens, self._verdict, self._state)
+        else:
+            accepted, following = self._speculate(logits, sampling)
+            self._tokens[:1] = following  # the next round's pending token
+            self._verdict[:1], self._verdict[1:2] = accepted, following
         if doubts:
             self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
-
-    def _match(self, logits: Tensor, _: Sampling) -> tuple[Tensor | int, Tensor]:
-        """Drafts equal to the most probable tokens of (rows, V) logits, and the token after them, (1,)."""
-        targets, rows = logits.argmax(-1), len(logits)
-        if rows == 1:
-            return 0, targets
-        made = self._offsets[:rows] < self._state[4]
-        accepted = ((self._tokens[1 : rows + 1] == targets) & made).long().cumprod(0).sum()
-        return accepted, targets.gather(0, accepted[None])
+        self._mail.answer(self._verdict, self._verdicts)
 
     def _speculate(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor | int, Tensor]:
         """Drafts that speculative sampling accepts, and the token after them, (1,)."""
@@ -244,22 +238,21 @@ class GraphSession(Session):
         weights = residual(p.index_select(0, accepted[None]), drawn_from)
         return accepted, draw(weights, self._uniforms.index_select(0, after[None]))
 
-    def _replay(self, key: tuple, body: Callable[[], None], **state: Any) -> None:
-        """Fill the state and launch a graph."""
-        self.fill(**state)
+    def _replay(self, key: tuple, body: Callable[[], None], uniforms: Sequence[float] = (), **state: int) -> int:
+        """Tell the device where the graph stands, and launch it; returns the row of its answer, if it gives one."""
+        row = self._mail.post(self._place(**state), uniforms)
         self.graph(key, body).replay()
+        return row
 
-    def fill(
-        self, *, slot: int, guess: int = -1, token: int = -1, drafts: int = 0, uniforms: Sequence[float] = ()
-    ) -> None:
-        """Tell the device where the next graph stands, by one copy that the host does not wait for."""
-        turn, self._turn = self._turn, (self._turn + 1) % RING
-        self._ints[turn, :INTS] = self.lengths[0], slot, guess, token, drafts
-        self._floats[turn, INTS : INTS + len(uniforms)] = uniforms
-        self._state.copy_(self._ring[turn], non_blocking=True)
+    def _place(self, *, slot: int, guess: int = -1, token: int = -1, drafts: int = 0) -> tuple[int, ...]:
+        return self.lengths[0], slot, guess, token, drafts
+
+    def fill(self, slot: int) -> None:
+        """Have every graph from now on stand there: to time one, replayed over and over."""
+        self._mail.post_everywhere(self._place(slot=slot), ())
 
     def graph(self, key: tuple, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of a body, captured at its first use."""
+        """The graph that fetches its state and runs a body, captured at its first use."""
         if key not in self._graphs:
             self._graphs[key] = self._capture(body)
             if len(self._graphs) > GRAPHS:
@@ -268,14 +261,18 @@ class GraphSession(Session):
         return self._graphs[key]
 
     def _capture(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        hidden, tokens = self.hidden.clone(), self._tokens.clone()
-        body()  # compiles the kernels; what else it writes, the graph writes again
-        self.hidden.copy_(hidden)
-        self._tokens.copy_(tokens)
+        def whole() -> None:
+            self._mail.fetch()
+            body()
+
+        kept = [(tensor, tensor.clone()) for tensor in (self.hidden, self._tokens, self._mail.turn)]
+        whole()  # compiles the kernels; what else it writes, the graph writes again
+        for tensor, before in kept:
+            tensor.copy_(before)
         torch.cuda.synchronize(self.lm.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            body()
+            whole()
         return graph
 
 
