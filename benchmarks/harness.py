@@ -49,6 +49,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def results_folder(device: str) -> Path:
+    """Where results of this machine go by default: results/cpu, results/h200 and the like."""
+    if device != "cuda":
+        return RESULTS / "cpu"
+    return RESULTS / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+
+
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
