@@ -79,7 +79,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     def say(what: str) -> None:
         console.print(f"{time.perf_counter() - begin:6.1f} s  {what}", highlight=False)
 
-    folder = twin_folder(args, say)
+    folder = twin_folder(args.model, args.folder, args.device, say)
     lm = load_twin(folder, args.device)
     say("loaded")
     found = [prompt for task in TASKS for prompt in load_prompts(task, "test")[: args.prompts]]
@@ -113,17 +113,17 @@ def main(args: Args) -> list[dict[str, Any]]:
     return rows
 
 
-def twin_folder(args: Args, say: Callable[[str], None]) -> Path:
-    """The folder of the model's twin, written unless it is there. It has its name only once it is whole."""
-    spec, device = twin_spec(args.model), resolve_device(args.device)
-    dtype = resolve_dtype(None, device)
+def twin_folder(model: str, folder: Path | None, device: str, say: Callable[[str], None]) -> Path:
+    """The folder of a model's twin, written unless it is there. It has its name only once it is whole."""
+    spec, where = twin_spec(model), resolve_device(device)
+    dtype = resolve_dtype(None, where)
     name = f"{twin_name(spec.name)}-{str(dtype).removeprefix('torch.')}"
-    folder = args.folder or Path(tempfile.gettempdir()) / name
+    folder = folder or Path(tempfile.gettempdir()) / name
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         say(f"writing {folder}")
-        write_twin(spec, EMBEDDED, part, device, dtype)
+        write_twin(spec, EMBEDDED, part, where, dtype)
         part.rename(folder)
     say(f"the twin is in {folder}")
     return folder

@@ -54,7 +54,6 @@ def main(args: Args) -> None:
     rows += pieces(lm)
     for context in args.contexts:
         rows += steps(lm, context, args.steps, max(rate, H200_RATE))
-    about["memory reserved, GiB, loading included"] = torch.cuda.max_memory_reserved() / 2**30
     about["weights, GiB"] = sum(weight_bytes(lm).values()) / 2**30
     print_table(f"{lm.name}, {lm.dtype}, batch 1", rows, console)
     write_results(args.out or results_folder("cuda"), f"engine_roofline-{lm.name}", rows, about)
@@ -78,6 +77,12 @@ def weight_bytes(lm: LayeredLM) -> dict[str, int]:
     """Bytes of the matrices that a step reads: the layers' and the head's."""
     layers = sum(m.nbytes for layer in lm.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
     return {"layers": layers, "head": lm.head.nbytes}
+
+
+def kv_bytes(lm: LayeredLM, positions: int) -> int:
+    """Bytes of one sequence's keys and values."""
+    g = lm.geometry
+    return 2 * g.n_layers * g.kv_heads * g.head_dim * lm.dtype.itemsize * positions
 
 
 def bandwidths(lm: LayeredLM) -> tuple[float, list[dict[str, Any]]]:
@@ -139,9 +144,7 @@ def steps(lm: LayeredLM, context: int, count: int, rate: float) -> list[dict[str
     decode = lambda: lede_env.generate(lm, prompt, max_new_tokens=count).metrics  # noqa: E731
     decode()
     found = sorted(m.decode_seconds / m.tokens for m in (decode() for _ in range(5)))[2]
-    g = lm.geometry
-    kv = 2 * g.n_layers * g.kv_heads * g.head_dim * lm.dtype.itemsize * context
-    floor = (sum(weight_bytes(lm).values()) + kv) / rate
+    floor = (sum(weight_bytes(lm).values()) + kv_bytes(lm, context)) / rate
     what = f"autoregressive step at {context} positions"
     return [{"what": what, "ms": found * 1e3, "tokens/s": 1 / found, "floor, ms": floor * 1e3,
              "share of the floor": floor / found}]  # fmt: skip
