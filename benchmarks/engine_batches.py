@@ -90,9 +90,8 @@ def prompts(lm: LayeredLM, batch: int, length: int) -> list[list[int]]:
 
 def decode(lm: LayeredLM, texts: list[list[int]], strategy: Strategy, max_new_tokens: int) -> list[Generation]:
     """The generations of a batch; one prompt goes alone, for it may run on graphs."""
-    outs = lede_env.generate(
-        lm, texts if len(texts) > 1 else texts[0], strategy=strategy, max_new_tokens=max_new_tokens
-    )
+    prompt = texts if len(texts) > 1 else texts[0]
+    outs = lede_env.generate(lm, prompt, strategy=strategy, max_new_tokens=max_new_tokens)
     return outs if isinstance(outs, list) else [outs]
 
 

@@ -116,12 +116,13 @@ def pieces(lm: LayeredLM) -> list[dict[str, Any]]:
         session.fill(slot=0)
         for width in (1, DRAFT_CAP + 1):
             whole = median_seconds(session.graph(*session._segment(0, lm.n_layers, width)).replay)
-            verdict = ("verify", width, GREEDY, False)
-            head = median_seconds(session.graph(verdict, partial(session._verify, width, GREEDY, False)).replay)
-            rows += [
-                {"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3},
-                {"what": f"head and verdict, {width} rows", "ms": head * 1e3},
-            ]
+            rows.append({"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3})
+            for sampling in (GREEDY, Sampling(0.6)):
+                verdict = session.graph(
+                    ("verify", width, sampling, False), partial(session._verify, width, sampling, False)
+                )
+                what = f"head and verdict, {width} rows, T = {sampling.temperature:g}"
+                rows.append({"what": what, "ms": median_seconds(verdict.replay) * 1e3})
         for sampling in (GREEDY, Sampling(0.6)):
             check = median_seconds(session.graph(("read", sampling), partial(session._read_out, sampling)).replay)
             rows.append({"what": f"exit check and draw, T = {sampling.temperature:g}", "ms": check * 1e3})

@@ -202,8 +202,9 @@ class GraphSession(Session):
 
     def _read_out(self, sampling: Sampling) -> None:
         self._head(self._draft_logits, 1)
-        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=sampling.greedy)
-        if not sampling.greedy:
+        temperature = None if sampling.filters else sampling.temperature
+        self._read(self._draft_logits, self._out, self._tokens, self._state, self._uniforms, temperature)
+        if sampling.filters:
             self._draw(sampling)
         self._mail.answer(self._out, self._outs)
 
