@@ -49,6 +49,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def results_folder(device: str) -> Path:
+    """Where results of this machine go by default: results/cpu, results/h200 and the like."""
+    if device != "cuda":
+        return RESULTS / "cpu"
+    return RESULTS / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+
+
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -167,6 +174,17 @@ class Player:
         )
 
 
+def timed(method: Method, prompt: Any, synchronise: bool) -> tuple[float, list[int], Counts | None]:
+    """Seconds that a method takes for a prompt, its tokens and counts. synchronise: it runs on CUDA."""
+    if synchronise:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    tokens, counts = method(prompt)
+    if synchronise:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, tokens, counts
+
+
 def time_methods(
     methods: dict[str, Method], prompts: Sequence[Any], repeats: int, console: Console, synchronise: bool = False
 ) -> dict[str, Timing]:
@@ -185,13 +203,7 @@ def time_methods(
                 order = list(methods)
                 shift = (index + repeat) % len(order)
                 for name in order[shift:] + order[:shift]:
-                    if synchronise:
-                        torch.cuda.synchronize()
-                    begin = time.perf_counter()
-                    tokens, counts = methods[name](prompt)
-                    if synchronise:
-                        torch.cuda.synchronize()
-                    timings[name].add(index, time.perf_counter() - begin, tokens, counts)
+                    timings[name].add(index, *timed(methods[name], prompt, synchronise))
                     bar.advance(task)
     return timings
 

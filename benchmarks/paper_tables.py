@@ -26,12 +26,12 @@ from rich.console import Console
 
 import lede_env
 from benchmarks.harness import (
-    RESULTS,
     Player,
     Timing,
     machine,
     print_table,
     repeated_ngrams,
+    results_folder,
     rouge_l,
     time_methods,
 )
@@ -177,10 +177,9 @@ def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str
 
 def results_path(args: Args, lm: LayeredLM) -> Path:
     """benchmarks/results/DEVICE/paper_tables-MODEL[-T0.6][-ablation].json, or the like in another folder."""
-    device = machine("cuda")["hardware"].lower().replace(" ", "-") if lm.device.type == "cuda" else "cpu"
     parts = ["paper_tables", lm.name]
     parts += [f"T{args.temperature:g}"] * (args.temperature > 0) + ["ablation"] * args.ablation
-    return (args.out or RESULTS / device) / f"{'-'.join(parts)}.json"
+    return (args.out or results_folder(lm.device.type)) / f"{'-'.join(parts)}.json"
 
 
 def run_task(args: Args, bench: Bench, name: str, validation: list[Prompt], test: list[Prompt]) -> dict[str, Any]:
