@@ -45,15 +45,17 @@ def _drawn(logits_ptr, masses, top, inverse, uniform, V, BLOCKS, BP: tl.constexp
     p = tl.arange(0, BP)
     reached = tl.cumsum(masses, axis=0)
     goal = uniform * tl.max(reached, axis=0)
-    block = tl.min(tl.where(reached > goal, p, BLOCKS - 1), axis=0)
+    # Sums of a parallel scan need not ascend where nothing is added: only what weighs something counts, and should
+    # rounding let none of it pass the goal, the last of it will do.
+    block = tl.min(tl.where((masses > 0) & (reached > goal), p, BLOCKS), axis=0)
+    block = tl.minimum(block, tl.max(tl.where(masses > 0, p, 0), axis=0))
     before = tl.max(tl.where(p < block, reached, 0.0), axis=0)
     index = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
     weight = tl.exp((x - top) * inverse)
     within = before + tl.cumsum(weight.to(tl.float64), axis=0)
-    # Should rounding let none pass the goal, the one that reaches the block's end will do.
-    past = (weight > 0) & ((within > goal) | (within == tl.max(within, axis=0)))
-    return tl.minimum(tl.min(tl.where(past, index, 2147483647), axis=0), V - 1)
+    token = tl.min(tl.where((weight > 0) & (within > goal), index, V), axis=0)
+    return tl.minimum(token, tl.max(tl.where(weight > 0, index, 0), axis=0))
 
 
 @triton.jit
