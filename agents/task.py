@@ -6,7 +6,9 @@ An agent is a class with one method, `train(task)`, which returns a policy: anyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +64,34 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+@contextmanager
+def record_history(
+    folder: Path,
+    columns: Sequence[str],
+    board: Board,
+    history: list[dict[str, Any]],
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Callable[..., None]]:
+    """What puts a row into `history`, `folder`/history.csv and TensorBoard, and hands it to `progress`.
+
+    columns: of the file, of which a row may lack some; the first counts the rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "history.csv").open("w", newline="", buffering=1) as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+
+        def log(**row: Any) -> None:
+            row = {columns[0]: len(history), **row}
+            history.append(row)
+            table.writerow(row)
+            board.add(len(history) - 1, row)
+            if progress:
+                progress(row)
+
+        yield log
 
 
 @dataclass(frozen=True)
