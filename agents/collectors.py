@@ -29,8 +29,8 @@ import tyro
 from rich.console import Console
 
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.data.trajectory_file import Episode
+from lede_env.display.progress import progress_bar
 from lede_env.errors import LedeError
 from lede_env.offline.scoring import Bench
 from lede_env.offline.tiers import COLLECTORS, PROBLEMS, TIERS, Problem, static_policy

@@ -26,9 +26,9 @@ import tyro
 from rich.console import Console
 
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.data.registry import load_trace
 from lede_env.data.trace_file import Trace
+from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.engine.round import DRAFT_CAP
