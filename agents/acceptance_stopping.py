@@ -27,7 +27,7 @@ class AcceptanceStopping:
     """Acceptance by cross-entropy, stopping by backward induction."""
 
     learns_from = "data"
-    grid: tuple[dict[str, Any], ...] = ({},)
+    grid: tuple[dict[str, Any], ...] = ({"learning_rate": 2e-3}, {"learning_rate": 6e-3})
 
     def __init__(self, hidden: int = 64, learning_rate: float = 6e-3):
         self.hidden, self.learning_rate = hidden, learning_rate
@@ -72,7 +72,8 @@ class AcceptanceStopping:
             both = np.zeros((2, *arrays[-1].shape[1:]), np.float32)
             both[EXIT] = arrays[-1][0]
             arrays[-1] = both
-        policy = task.mlp(weights, biases, {"agent": "acceptance_stopping", "updates": task.updates})
+        about = {"agent": "acceptance_stopping", "learning_rate": self.learning_rate, "updates": task.updates}
+        policy = task.mlp(weights, biases, about)
         task.report(task.updates, policy, loss)
         return policy
 
