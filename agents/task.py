@@ -21,7 +21,7 @@ from lede_env.data.dataset import Dataset
 from lede_env.errors import LedeError
 from lede_env.evaluation import Evaluation
 from lede_env.oracles import DraftTable, ExitTable
-from lede_env.policies import ExitPolicy, MLPPolicy
+from lede_env.policies import EXIT, ExitPolicy, MLPPolicy
 
 BATCH = 256  # transitions an update, for all agents that do not say otherwise
 
@@ -194,3 +194,13 @@ def linear_layers(network: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
     layers = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
     return [layer.weight.detach().numpy() for layer in layers], [layer.bias.detach().numpy() for layer in layers]
+
+
+def advantage_layers(network: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`linear_layers` of a network whose one output is the advantage of exiting, as Q(exit) beside Q(continue) = 0."""
+    layers = linear_layers(network)
+    for arrays in layers:
+        both = np.zeros((2, *arrays[-1].shape[1:]), np.float32)
+        both[EXIT] = arrays[-1][0]
+        arrays[-1] = both
+    return layers

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agents.advantages import draft_questions
 from agents.collectors import (
     Args,
     best_static,
-    draft_questions,
     make_collectors,
     states_of,
     tokens_emitted,
