@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lede_env.cli import progress_bar
 from lede_env.data.ngrams import repeated_ngrams
 from lede_env.decoding.generate import Generation, generate
 from lede_env.decoding.strategies import Strategy
+from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
