@@ -108,10 +108,11 @@ def _often(*args, **kwargs):
 # --- several workers
 
 
-@pytest.fixture(scope="module")
-def cluster():
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def cluster(request):
+    """A local one that runs so many of the workers at a time."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=request.param, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -128,7 +129,7 @@ def test_four_workers_one_of_them_killed_give_what_one_process_gives(cluster, tm
             if victim.exists() and lock.exists() and 0 < episodes_in(victim) < PART:
                 killed.append(int(lock.read_text()))
                 os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     threading.Thread(target=kill, daemon=True).start()
     collect(recipe, folder, episodes, workers=4)
