@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.engine.row_attention import attend_rows
+
 
 class Part(NamedTuple):
     """What one row of a ragged span reads: its slots [0, stop), and which of them each query sees."""
@@ -83,6 +85,9 @@ class KVCache:
         of a batch.
         """
         cache_k, cache_v, stop = self.keys[layer], self.values[layer], span.stop
+        if span.parts is not None and queries.shape[1] == 1 and queries.dtype in (torch.float32, torch.float64):
+            own, stops, _ = zip(*span.parts, strict=True)
+            return attend_rows((cache_k, cache_v), own, stops, queries[:, 0], keys[:, 0], values[:, 0]).flatten(1)
         if span.whole:
             cache_k[:, :, span.start : stop] = keys.transpose(1, 2)
             cache_v[:, :, span.start : stop] = values.transpose(1, 2)
