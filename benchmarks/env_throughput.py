@@ -167,7 +167,7 @@ def row_of(contender: Contender, rates: list[float], processes: int = 1) -> dict
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the figures are judged by, where they were taken: of one process, the paper's features."""
+    """Steps/s of one environment over another's, where both were taken: of one process, the paper's features."""
     own = [row for row in rows if row["processes"] == 1 and row["features"] != "extended"]
     rate = {(row["environment"], row["form"].split()[0]): row["steps/s"] for row in own}
     found = {}
@@ -191,11 +191,15 @@ def main(args: Args) -> None:
             if contender.lanes == args.trace_lanes:
                 rows.append(row_of(contender, time_at_once(contender, args.repeats, args.processes), args.processes))
     print_table("environment steps a second", rows, console)
+    compared = ratios(rows)
+    print_table(
+        "steps a second over another's", [{"this over that": k, "times": v} for k, v in compared.items()], console
+    )
     about = machine(args.device) | {
         "measured": f"random actions, info included; median of {args.repeats} repeats, environments in turn",
         "trace": Path(args.trace).name if args.trace else "the one that ships",
         "command": "python -m benchmarks.env_throughput",
-        **ratios(rows),
+        **compared,
     }
     write_results(args.out or RESULTS / args.device, "env_throughput", rows, about)
 

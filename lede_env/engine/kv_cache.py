@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lede_env.engine.row_attention import attend_rows
+
 
 class Part(NamedTuple):
     """What one row of a ragged span reads: its slots [0, stop), and which of them each query sees."""
@@ -82,6 +84,18 @@ class KVCache:
         Queries are (R, Q, heads, D); returns (R Q, heads D). No row's keys and values are copied but, on a GPU, some
         of a batch.
         """
+        if span.parts is None:
+            attended = self._attend_together(layer, span, queries, keys, values)
+        elif queries.shape[1] == 1 and queries.dtype in (torch.float32, torch.float64):
+            rows, stops, _ = zip(*span.parts, strict=True)
+            cache = self.keys[layer], self.values[layer]
+            attended = attend_rows(cache, rows, stops, queries[:, 0], keys[:, 0], values[:, 0])
+        else:
+            attended = self._attend_apart(layer, span.parts, queries, keys, values)
+        return attended.reshape(-1, queries.shape[2] * queries.shape[3])
+
+    def _attend_together(self, layer: int, span: Span, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One call for all rows. Returns (R, Q, heads, D)."""
         cache_k, cache_v, stop = self.keys[layer], self.values[layer], span.stop
         if span.whole:
             cache_k[:, :, span.start : stop] = keys.transpose(1, 2)
@@ -90,25 +104,22 @@ class KVCache:
             rows = (self.rows if span.rows is None else span.rows).unsqueeze(1)
             cache_k[rows, :, span.positions] = keys
             cache_v[rows, :, span.positions] = values
-        queries = queries.transpose(1, 2)  # (R, heads, Q, D)
-        grouped = queries.shape[1] != cache_k.shape[1]
-        if span.parts is None:
-            read = slice(None) if span.rows is None else span.rows
-            out = F.scaled_dot_product_attention(
-                queries, cache_k[read, :, :stop], cache_v[read, :, :stop], attn_mask=span.mask, enable_gqa=grouped
-            )
-        else:
-            each_k, each_v = cache_k.split(1), cache_v.split(1)  # (1, kv_heads, capacity, D), a row
-            out = torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        query,
-                        each_k[row].narrow(2, 0, end),
-                        each_v[row].narrow(2, 0, end),
-                        attn_mask=mask,
-                        enable_gqa=grouped,
-                    )
-                    for query, (row, end, mask) in zip(queries.split(1), span.parts, strict=True)
-                ]
-            )
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        read = slice(None) if span.rows is None else span.rows
+        return self._scaled_dot_product(queries, cache_k[read, :, :stop], cache_v[read, :, :stop], span.mask)
+
+    def _attend_apart(self, layer: int, parts: list[Part], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """A call a row. Returns (R, Q, heads, D)."""
+        attended = []
+        for query, key, value, (row, stop, mask) in zip(queries.split(1), keys, values, parts, strict=True):
+            own_k, own_v = self.keys[layer][row : row + 1, :, :stop], self.values[layer][row : row + 1, :, :stop]
+            own_k[0, :, stop - len(key) :] = key.transpose(0, 1)
+            own_v[0, :, stop - len(value) :] = value.transpose(0, 1)
+            attended.append(self._scaled_dot_product(query, own_k, own_v, mask))
+        return torch.cat(attended)
+
+    def _scaled_dot_product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(R, Q, heads, D) queries over (R, kv_heads, stop, D) keys and values. Returns (R, Q, heads, D)."""
+        out = F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=queries.shape[2] != keys.shape[1]
+        )
+        return out.transpose(1, 2)
