@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +44,7 @@ FEATURES: dict[str, dict[int, float]] = {
     **{name: {place: 1.0} for place, name in enumerate(CONTEXT, RAW)},
 }
 _NORMALISED = {"confidence", "entropy", "top1"}  # features that differences of logits do not give
+_PADDING = [[LOG_FLOOR] * (TOP - count) for count in range(TOP + 1)]  # of the largest logits, by how many there are
 LOOKUP_FEATURES = {"match", "echo"}
 
 
@@ -139,12 +139,12 @@ def compute_features(
     return np.einsum("...i,if->...f", inputs, feature_matrix(names)).astype(np.float32)
 
 
-def draft_doubt(margin: Any, shortfall: Any) -> Any:
+def draft_doubt(margin: float, shortfall: float) -> float:
     """How doubtful a draft is, nats: -log p of it, were there only the two best tokens. Takes no softmax.
 
     margin: how far the second token is below the best; shortfall: how far the drawn one is.
     """
-    return np.log1p(np.exp(-margin)) + shortfall
+    return math.log1p(math.exp(-margin)) + shortfall
 
 
 def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -185,10 +185,21 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
     return ((total[here] - total[begin]) / np.maximum(here - begin, 1)).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What some features are made of: how many of the largest logits, and whether of these."""
+
+    largest: int
+    normalised: bool
+    entropy: bool
+    drawn: bool
+
+
 @cache
-def logits_read(names: tuple[str, ...]) -> int:
-    """How many of the largest logits these features are made of."""
-    return 1 + max((place for name in names for place in FEATURES[name] if place < TOP), default=0)
+def what_is_read(names: tuple[str, ...]) -> Reading:
+    """The inputs that these features need."""
+    largest = 1 + max((place for name in names for place in FEATURES[name] if place < TOP), default=0)
+    return Reading(largest, bool(_NORMALISED.intersection(names)), "entropy" in names, "drawn" in names)
 
 
 @dataclass(slots=True)
@@ -240,6 +251,12 @@ class Signals:
         return min(self.largest(1)[0] - self.token_logit, -LOG_FLOOR)
 
     @property
+    def own_doubt(self) -> float:
+        """`draft_doubt` of the token drawn."""
+        first, second = self.largest(2)[:2]
+        return draft_doubt(first - second, self.shortfall)
+
+    @property
     def probability(self) -> float:
         """Probability of the token drawn, at temperature 1."""
         return math.exp(self.log_p_max - self.shortfall)
@@ -249,22 +266,31 @@ class Signals:
         """Probability of the most probable token, at temperature 1."""
         return math.exp(self.log_p_max)
 
-    def inputs(self, names: Sequence[str]) -> np.ndarray:
+    def inputs(self, names: tuple[str, ...]) -> np.ndarray:
         """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
-        logits = self.largest(logits_read(tuple(names)))
-        best = self.log_p_max if _NORMALISED.intersection(names) else 0.0  # a shift that differences do not feel
-        top = [max(best + (logit - logits[0]), LOG_FLOOR) for logit in logits] + [LOG_FLOOR] * (TOP - len(logits))
-        spread = self.entropy if "entropy" in names else 0.0
+        reads = what_is_read(names)
+        logits = self.largest(reads.largest)
+        first = logits[0]
+        best = self.log_p_max if reads.normalised else 0.0  # a shift that differences do not feel
+        top = [max(best + (logit - first), LOG_FLOOR) for logit in logits]
         token, match = self.guess
-        far = LOG_FLOOR if token < 0 else max(self.guess_logit - logits[0], LOG_FLOOR)
-        context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
-        of_round = (min(self.doubt, -LOG_FLOOR), warmth(self.temperature))
-        drawn = self.shortfall if self.position and "drawn" in names else 0.0  # phase 1 decides before the draw
-        return np.array((*top, spread, far, *context, *of_round, drawn), np.float32)
+        position, depth = self.position, self.layer / self.n_layers
+        return np.array(
+            (
+                *top,
+                *_PADDING[len(top)],
+                self.entropy if reads.entropy else 0.0,
+                LOG_FLOOR if token < 0 else max(self.guess_logit - first, LOG_FLOOR),
+                *(self.trace, depth, match, 2.0 if position else 1.0, position / self.cap),
+                *(min(self.doubt, -LOG_FLOOR), warmth(self.temperature)),
+                self.shortfall if position and reads.drawn else 0.0,  # phase 1 decides before the draw
+            ),
+            np.float32,
+        )
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
-        return self.inputs(names) @ feature_matrix(names)
+        return self.inputs(tuple(names)) @ feature_matrix(names)
 
 
 @dataclass(slots=True)
@@ -276,6 +302,7 @@ class LogitSignals(Signals):
     _log_p: Tensor | None = None
     _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
     _best: int = -1
+    _two: list[float] | None = None
 
     @property
     def log_p(self) -> Tensor:
@@ -294,12 +321,17 @@ class LogitSignals(Signals):
         return self._numbers
 
     def largest(self, count: int) -> list[float]:
-        numbers, best = self.numbers, self.best
-        if count <= 2:
-            others = (numbers[:best].max(initial=-np.inf), numbers[best + 1 :].max(initial=-np.inf))
-            return [float(numbers[best]), float(max(others))][: len(numbers)]
-        count = min(count, len(numbers))
-        return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
+        numbers = self.numbers
+        if count > 2:
+            count = min(count, len(numbers))
+            return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
+        if self._two is None:
+            best = self.best
+            first = numbers[best]
+            numbers[best] = -np.inf  # for a moment: the second is the largest of the others
+            self._two = [float(first), float(numbers[numbers.argmax()])][: len(numbers)]
+            numbers[best] = first
+        return self._two
 
     @property
     def best(self) -> int:

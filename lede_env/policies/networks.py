@@ -92,25 +92,25 @@ class MLPPolicy:
         return x @ matrix + bias
 
     @cached_property
-    def _on_inputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `_layers`, (outputs, inputs) matrices, from raw inputs to Q(exit) - Q(continue)."""
+    def _on_inputs(self) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, float]:
+        """As `_layers`, from raw inputs to Q(exit) - Q(continue): (outputs, inputs) matrices and biases of the hidden
+        layers, then the vector and the number of the last."""
         from lede_env.engine.signals import feature_matrix
 
         (first, bias), *others = self._layers
-        layers = [(feature_matrix(self.features) @ first, bias), *others]
-        last, last_bias = layers.pop()
-        layers.append((last[:, EXIT:] - last[:, :EXIT], last_bias[EXIT:] - last_bias[:EXIT]))
-        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in layers]
+        *hidden, (last, last_bias) = [(feature_matrix(self.features) @ first, bias), *others]
+        short = [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in hidden]
+        return short, last[:, EXIT] - last[:, CONTINUE], float(last_bias[EXIT] - last_bias[CONTINUE])
 
     def advantage(self, inputs: np.ndarray) -> float:
         """Q(exit) - Q(continue) from the (INPUTS,) `Signals.inputs` of one decision: the decoder's short way."""
-        *hidden, (last, last_bias) = self._on_inputs
+        hidden, last, last_bias = self._on_inputs
         x = inputs
         for matrix, bias in hidden:
             x = matrix.dot(x)
             x += bias
             np.maximum(x, 0.0, out=x)
-        return float(last.dot(x)[0] + last_bias[0])
+        return float(last.dot(x)) + last_bias
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         q = self.q_values(observations)
