@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.task import BATCH, Task, linear_layers
+from agents.task import BATCH, Task, advantage_layers
 from lede_env.envs.rewards import make_exit_reward
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT, MLPPolicy
+from lede_env.policies import MLPPolicy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,7 +27,7 @@ class AcceptanceStopping:
     """Acceptance by cross-entropy, stopping by backward induction."""
 
     learns_from = "data"
-    grid: tuple[dict[str, Any], ...] = ({},)
+    grid: tuple[dict[str, Any], ...] = ({"learning_rate": 2e-3}, {"learning_rate": 6e-3})
 
     def __init__(self, hidden: int = 64, learning_rate: float = 6e-3):
         self.hidden, self.learning_rate = hidden, learning_rate
@@ -67,12 +67,8 @@ class AcceptanceStopping:
         seen = torch.from_numpy((task.select(data["observations"]) - mean) / std)
         goals = torch.from_numpy((exiting - continuing).astype(np.float32))
         advantage, _ = self._fit(seen, goals, task.updates, torch.nn.functional.mse_loss)
-        weights, biases = linear_layers(advantage)
-        for arrays in (weights, biases):  # Q(exit) is the advantage, Q(continue) 0
-            both = np.zeros((2, *arrays[-1].shape[1:]), np.float32)
-            both[EXIT] = arrays[-1][0]
-            arrays[-1] = both
-        policy = task.mlp(weights, biases, {"agent": "acceptance_stopping", "updates": task.updates})
+        about = {"agent": "acceptance_stopping", "learning_rate": self.learning_rate, "updates": task.updates}
+        policy = task.mlp(*advantage_layers(advantage), about)
         task.report(task.updates, policy, loss)
         return policy
 

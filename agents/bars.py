@@ -26,12 +26,17 @@ class Fixed:
 
     def train(self, task: Task) -> StaticPolicy:
         table = _exit_table(task)
-        best = _worth(table).sum(axis=0).argmax()
-        return StaticPolicy(task.attributes["candidate_layers"][best], task.attributes["n_layers"])
+        worth = _worth(table).mean(axis=0)  # (C,) of a token
+        policy = StaticPolicy(task.attributes["candidate_layers"][worth.argmax()], task.attributes["n_layers"])
+        task.report(0, policy, -worth.max())
+        return policy
 
 
 class Shipped:
-    """The policy that ships with the embedded model: `agents.optimal_stopping`, trained on the draft MDP's traces."""
+    """The policy that ships with the embedded model: `agents.optimal_stopping`, trained on the draft MDP's traces.
+
+    It learns nothing here, and has no score on the exit MDP: no curves.
+    """
 
     learns_from = "trace"
     grid = ({},)

@@ -19,7 +19,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,16 @@ import torch
 import tyro
 from rich.console import Console
 
+from agents.advantages import draft_advantages, draft_questions
+from agents.network import Network, normaliser
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.data.trajectory_file import Episode
+from lede_env.display.progress import progress_bar
 from lede_env.errors import LedeError
 from lede_env.offline.scoring import Bench
 from lede_env.offline.tiers import COLLECTORS, PROBLEMS, TIERS, Problem, static_policy
 from lede_env.oracles import DraftTable, ExitTable, ask
-from lede_env.policies import CONTINUE, EXIT, EpsilonGreedy, ExitPolicy, MLPPolicy
+from lede_env.policies import EpsilonGreedy, ExitPolicy, MLPPolicy
 from lede_env.recording import make_player_envs, play, policy_act
 
 
@@ -61,43 +62,6 @@ class Args:
     draft_updates: int = 200  # slowly; on the exit MDP that is soon
     replay_rate: float = 2e-4  # of its Adam
     target_every: int = 50  # updates to one copy into its target network
-
-
-class Network:
-    """A ReLU network on normalised observations, with as many outputs as asked for."""
-
-    def __init__(self, hidden: tuple[int, ...], outputs: int, mean: np.ndarray, std: np.ndarray, seed: int):
-        torch.manual_seed(seed)
-        self.mean, self.std = mean, std
-        sizes = (len(mean), *hidden)
-        inner = [part for pair in pairwise(sizes) for part in (torch.nn.Linear(*pair), torch.nn.ReLU())]
-        self.layers = torch.nn.Sequential(*inner, torch.nn.Linear(sizes[-1], outputs))
-
-    def inputs(self, observations: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(((observations - self.mean) / self.std).astype(np.float32))
-
-    def export(self, env: Any, training: dict[str, Any]) -> MLPPolicy:
-        """As a policy. One output is the advantage of exiting: Q(exit), beside Q(continue) = 0."""
-        linear = [layer for layer in self.layers if isinstance(layer, torch.nn.Linear)]
-        weights = [layer.weight.detach().numpy().copy() for layer in linear]
-        biases = [layer.bias.detach().numpy().copy() for layer in linear]
-        if len(biases[-1]) == 1:
-            for arrays in (weights, biases):
-                both = np.zeros((2, *arrays[-1].shape[1:]), np.float32)
-                both[EXIT], both[CONTINUE] = arrays[-1][0], 0.0
-                arrays[-1] = both
-        known = env.attributes
-        return MLPPolicy(
-            tuple(weights), tuple(biases), self.mean, self.std, tuple(env.features), known["mdp"],
-            tuple(known["candidate_layers"]), known["n_layers"], known["model_fingerprint"], known["model_name"],
-            training,
-        )  # fmt: skip
-
-
-def normaliser(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, F) -> mean and standard deviation (F,), 1 where nothing varies."""
-    std = observations.std(0, dtype=np.float64)
-    return observations.mean(0, dtype=np.float64).astype(np.float32), np.where(std > 1e-6, std, 1).astype(np.float32)
 
 
 def score_of(bench: Bench, policy: ExitPolicy, args: Args) -> float:
@@ -155,41 +119,12 @@ def draft_states(table: DraftTable, exits: np.ndarray, rate: float) -> States:
     The text is given, so what a round is worth is its reward less `rate` for every token that it emits: the tokens
     left to later rounds are worth the rate each.
     """
-    worth = table.reward - rate * table.emitted  # (X, T, C, K) of the round that ends so
-    chosen, last, cap = exits > 0.5, exits.shape[2] - 1, exits.shape[3]
-    advantages, reached = np.zeros(exits.shape), np.zeros(exits.shape, bool)
-    onward = np.zeros(exits.shape[:3])  # of making draft k + 1
-    for k in range(cap, 1, -1):
-        verify = worth[..., k - 1]
-        advantages[..., k - 1] = onward - verify
-        onward = np.where((table.lengths > k) & chosen[..., k - 1], onward, verify)
-    leave = np.where(table.lengths > 1, onward, worth[..., 0])
-    beyond = worth[..., last, 0]
-    for candidate in reversed(range(last + 1)):
-        advantages[..., candidate, 0] = leave[..., candidate] - beyond
-        beyond = np.where(chosen[..., candidate, 0], leave[..., candidate], beyond)
-    walking = table.starts
-    for candidate in range(last + 1):
-        reached[..., candidate, 0] = walking
-        drafting = walking & chosen[..., candidate, 0]
-        for k in range(2, cap + 1):
-            reached[..., candidate, k - 1] = drafting
-            drafting = drafting & chosen[..., candidate, k - 1]
-        walking = walking & ~chosen[..., candidate, 0]
+    advantages, reached = draft_advantages(table, exits, table.reward - rate * table.emitted)
     parts = [
         (table.observations(k, asked), advantages[..., k - 1][asked], reached[..., k - 1][asked])
         for k, asked in draft_questions(table)
     ]
     return States(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def draft_questions(table: DraftTable) -> Iterator[tuple[int, np.ndarray]]:
-    """Each draft number, and where (X, T, C) a decision is asked and matters with that draft in view."""
-    for k in range(1, table.mdp.cap):
-        asked = table.asked(k)
-        if k == 1:
-            asked[..., -1] &= table.lengths[..., -1] > 1  # at the last candidate: draft 2 or verify
-        yield k, asked
 
 
 def states_of(table: ExitTable | DraftTable, policy: ExitPolicy) -> States:
@@ -214,19 +149,10 @@ def train_expert(args: Args, train: Bench, validation: Bench, start: ExitPolicy)
     for iteration in range(args.iterations):
         states = states_of(train.table, policy)
         network = Network(args.hidden, 1, *normaliser(states.observations), args.seed)
-        x = network.inputs(states.observations)
-        y = torch.from_numpy(states.advantage.astype(np.float32))
-        w = torch.from_numpy(np.where(states.visited, 1.0, args.off_path).astype(np.float32))
-        optimizer = torch.optim.Adam(network.layers.parameters(), args.learning_rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, args.updates)
-        for _ in range(args.updates):
-            rows = torch.randint(len(y), (args.batch_size,))
-            loss = (w[rows] * (network.layers(x[rows])[:, 0] - y[rows]) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        policy = network.export(train.env, {"agent": "collectors: expert", "iteration": iteration})
+        weights = np.where(states.visited, 1.0, args.off_path)
+        network.fit(states.observations, states.advantage, weights, args.updates, args.batch_size, args.learning_rate)
+        about = {"agent": "collectors: expert", "iteration": iteration}
+        policy = network.export(train.env.attributes, train.env.features, about)
         yield score_of(validation, policy, args), policy
 
 
@@ -277,7 +203,8 @@ class Learner:
         return np.concatenate([getattr(episode, name) for episode in self.episodes])
 
     def policy(self) -> MLPPolicy:
-        return self.network.export(self.env, {"agent": "collectors: replay", "episodes": len(self.episodes)})
+        about = {"agent": "collectors: replay", "episodes": len(self.episodes)}
+        return self.network.export(self.env.attributes, self.env.features, about)
 
 
 def tokens_emitted(episode: Episode, most: int) -> np.ndarray:

@@ -19,10 +19,31 @@ from lede_env.policies import RandomPolicy, check_compatible
 class Problem:
     """An environment's prompts on its trace, and the ends of its scale."""
 
+    env_id: str
     env: Any
     table: ExitTable | DraftTable
     J_random: float
     J_oracle: float
+
+    def judge(self, policy: Any) -> Evaluation:
+        """What a policy does on the prompts, exactly.
+
+        One that decides from more than the observation in view has `decisions(table)` instead of `exit_probability`.
+        """
+        if hasattr(policy, "decisions"):
+            exits = policy.decisions(self.table)
+        else:
+            known = self.env.attributes
+            layers, features = known["candidate_layers"], self.env.features
+            check_compatible(policy, known["model_fingerprint"], layers, features, known["mdp"])
+            exits = self.table.decisions(policy)
+        return Evaluation(
+            env_id=self.env_id,
+            prompt_ids=tuple(self.env.prompt_ids),
+            per_prompt=self.table.play(exits),
+            J_random=self.J_random,
+            J_oracle=self.J_oracle,
+        )
 
 
 def problem(env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Problem:
@@ -36,26 +57,9 @@ def _problem(env_id: str, split: str, env_kwargs: str) -> Problem:
     env: Any = gym.make(env_id, **kwargs).unwrapped
     table = tabulate(env)
     random, oracle = table.play(table.decisions(RandomPolicy())), table.oracle()
-    return Problem(env, table, float(random["returns"].mean()), float(oracle["returns"].mean()))
+    return Problem(env_id, env, table, float(random["returns"].mean()), float(oracle["returns"].mean()))
 
 
 def judge(policy: Any, env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Evaluation:
-    """What a policy does on an environment's prompts, exactly.
-
-    One that decides from more than the observation in view has `decisions(table)` instead of `exit_probability`.
-    """
-    task = problem(env_id, split, env_kwargs)
-    if hasattr(policy, "decisions"):
-        exits = policy.decisions(task.table)
-    else:
-        known = task.env.attributes
-        layers, features = known["candidate_layers"], task.env.features
-        check_compatible(policy, known["model_fingerprint"], layers, features, known["mdp"])
-        exits = task.table.decisions(policy)
-    return Evaluation(
-        env_id=env_id,
-        prompt_ids=tuple(task.env.prompt_ids),
-        per_prompt=task.table.play(exits),
-        J_random=task.J_random,
-        J_oracle=task.J_oracle,
-    )
+    """What a policy does on an environment's prompts, exactly: `Problem.judge`."""
+    return problem(env_id, split, env_kwargs).judge(policy)

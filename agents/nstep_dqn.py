@@ -1,4 +1,4 @@
-"""n-step DQN with noisy layers: the agent of the paper (sections 3.2 and 4.1), in one file.
+"""n-step DQN: the agent of the paper (sections 3.2 and 4.1). Its noisy network is in noisy_network.py.
 
 1. Explore: 200 episodes by the untrained noisy network, logged to an HDF5 trajectory file.
 2. Learn: replay that file, keep playing, one update every 4 agent steps on 32 replayed transitions.
@@ -13,19 +13,18 @@ Every token is a stopping problem of its own: an exit has `discount` 0, so targe
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from agents.task import BATCH, Board, Task
+from agents.noisy_network import Adam, NoisyMLP, backward, forward
+from agents.task import BATCH, Board, Task, record_history
 from lede_env.arguments import clear_errors
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
@@ -79,84 +78,6 @@ class Args:
             raise LedeError(f"gamma={self.gamma}; expected a number in [0, 1]")
         if not 0.0 < self.learning_rate < math.inf:
             raise LedeError(f"learning_rate={self.learning_rate}; expected a positive number")
-
-
-class NoisyMLP:
-    """Q-network: two hidden ReLU layers, every layer with learned, factorised Gaussian noise (Fortunato et al., 2018).
-
-    A layer computes ``y = x (W + W_sigma * f(e_in)^T f(e_out)) + b + b_sigma * f(e_out)``, f(e) = sign(e) sqrt(|e|).
-    W and b are one (inputs + 1, outputs) matrix, b its last row, and all layers lie end to end in one vector of P
-    numbers: `parameters` is (2, P), the means and the sigmas, and a noisy network is ``mean + sigma * noise``.
-
-    The output layer's mean starts at zero. Q is then f(e_out) times something that both actions share, so that a
-    fresh draw makes the greedy action of the untrained network a fair coin, whatever is observed.
-
-    numpy and a gradient by hand: at this size autograd costs five times the arithmetic. A test checks it against torch.
-    """
-
-    def __init__(self, n_features: int, hidden: int, sigma: float, rng: np.random.Generator) -> None:
-        sizes = (n_features, hidden, hidden, 2)
-        self.shapes = [(inputs + 1, outputs) for inputs, outputs in pairwise(sizes)]
-        ends = np.cumsum([0, *(rows * outputs for rows, outputs in self.shapes)]).tolist()
-        self.places = [slice(begin, end) for begin, end in pairwise(ends)]
-        self.parameters = np.zeros((2, ends[-1]), np.float32)
-        means, sigmas = (self.layers(vector) for vector in self.parameters)
-        for inputs, mean, deviation in zip(sizes, means, sigmas, strict=False):
-            mean[:] = rng.uniform(-1, 1, mean.shape) / math.sqrt(inputs)
-            deviation[:] = sigma / math.sqrt(inputs)
-        means[-1][:] = 0
-
-    def layers(self, vector: np.ndarray) -> list[np.ndarray]:
-        """The matrices (inputs + 1, outputs) that lie in a vector of P numbers, as views of it."""
-        return [vector[place].reshape(shape) for place, shape in zip(self.places, self.shapes, strict=True)]
-
-    def noise(self, rng: np.random.Generator) -> np.ndarray:
-        """(P,) factorised noise: f(e_in) f(e_out) for weights, f(e_out) for biases."""
-        draw = rng.standard_normal(sum(map(sum, self.shapes)), np.float32)
-        draw = np.sign(draw) * np.sqrt(np.abs(draw))
-        noise, used = np.empty_like(self.parameters[0]), 0
-        for layer in self.layers(noise):
-            rows, outputs = layer.shape
-            e_in, e_out = draw[used : used + rows], draw[used + rows : used + rows + outputs]
-            e_in[-1] = 1  # the bias
-            np.multiply.outer(e_in, e_out, out=layer)
-            used += rows + outputs
-        return noise
-
-
-def forward(layers: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(B, F) -> Q-values (B, 2), and the input (B, inputs) of every layer."""
-    inputs = []
-    for i, layer in enumerate(layers):
-        x = np.maximum(x, 0) if i else x
-        inputs.append(x)
-        x = x @ layer[:-1] + layer[-1]
-    return x, inputs
-
-
-def backward(
-    layers: list[np.ndarray], inputs: list[np.ndarray], delta: np.ndarray, gradients: list[np.ndarray]
-) -> None:
-    """Write the gradient of every layer, given the inputs from `forward` and delta (B, 2), the gradient of Q."""
-    for layer, x, gradient in zip(layers[::-1], inputs[::-1], gradients[::-1], strict=True):
-        np.matmul(x.T, delta, out=gradient[:-1])
-        delta.sum(axis=0, out=gradient[-1])
-        delta = (delta @ layer[:-1].T) * (x > 0)
-
-
-class Adam:
-    """Adam (Kingma and Ba, 2014) on one array, in place."""
-
-    def __init__(self, parameters: np.ndarray, learning_rate: float) -> None:
-        self.parameters, self.learning_rate, self.steps = parameters, learning_rate, 0
-        self.m, self.v = np.zeros_like(parameters), np.zeros_like(parameters)
-
-    def step(self, gradient: np.ndarray) -> None:
-        self.steps += 1
-        self.m += 0.1 * (gradient - self.m)
-        self.v += 0.001 * (gradient * gradient - self.v)
-        rate, v_hat = self.learning_rate / (1 - 0.9**self.steps), self.v / (1 - 0.999**self.steps)
-        self.parameters -= rate * self.m / (np.sqrt(v_hat) + 1e-8)
 
 
 def n_step_targets(
@@ -335,12 +256,15 @@ def episode_metrics(episode: Episode) -> dict[str, float]:
     }
 
 
+COLUMNS = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
+
+
 @dataclass
 class TrainResult:
     """What a run leaves: the policy (also in `out`/policy) and the history (also in `out`/history.csv).
 
-    A row of history is an episode: episode, phase ("explore" | "online"), return, tokens, acceptance, exit_layer,
-    updates, and online also loss; offline (phase "offline") it is a block of updates, with the loss alone.
+    A row of history has COLUMNS. It is an episode, of phase "explore" or "online", the first without a loss; offline
+    (phase "offline") it is a block of updates, with the loss alone.
     """
 
     policy: MLPPolicy
@@ -366,7 +290,8 @@ def train(args: Args, progress: Callable[[dict[str, Any]], None] | None = None) 
         elif envs is not None:
             check_same_problem(args, data, envs)
         learner = Learner(args, available, attributes)
-        log = stack.enter_context(record_history(args, history, progress))
+        board = stack.enter_context(closing(Board(args.out / "tensorboard")))
+        log = stack.enter_context(record_history(args.out, COLUMNS, board, history, progress))
         if data is None:
             data = explore(learner, envs, attributes, log)
             learner.start(data)
@@ -408,31 +333,6 @@ def check_same_problem(args: Args, data: Trajectories, envs: Any) -> None:
         if here[name] != data.attributes[name]:
             what = f"{name}={data.attributes[name]}, but {args.env_id} {here[name]}"
             raise LedeError(f"{args.offline} has {what}; give the env_id it was logged in")
-
-
-@contextmanager
-def record_history(
-    args: Args, history: list[dict[str, Any]], progress: Callable[[dict[str, Any]], None] | None
-) -> Iterator[Callable[..., None]]:
-    """What puts a row into `history`, history.csv and TensorBoard, and hands it to `progress`."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    columns = ("episode", "phase", "tokens", "return", "acceptance", "exit_layer", "loss", "updates")
-    with (
-        closing(Board(args.out / "tensorboard")) as board,
-        (args.out / "history.csv").open("w", newline="", buffering=1) as file,
-    ):
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-
-        def log(**row: Any) -> None:
-            row = {"episode": len(history), **row}
-            history.append(row)
-            table.writerow(row)
-            board.add(row["episode"], row)
-            if progress:
-                progress(row)
-
-        yield log
 
 
 def explore(learner: Learner, envs: Any, attributes: Mapping[str, Any], log: Callable[..., None]) -> Trajectories:
@@ -506,12 +406,14 @@ def export_policy(learner: Learner, attributes: Mapping[str, Any]) -> MLPPolicy:
 def main() -> None:
     """Train from the command line, with a progress bar."""
     import tyro
-    from rich.progress import Progress
+    from rich.console import Console
+
+    from lede_env.display.progress import progress_bar
 
     args = tyro.cli(Args)
     episodes = args.exploration_episodes + args.online_episodes
     total = args.offline_updates if args.offline else episodes
-    with Progress() as bar:
+    with progress_bar(Console()) as bar:
         task = bar.add_task("start", total=total)
 
         def show(row: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ An agent is a class with one method, `train(task)`, which returns a policy: anyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from lede_env.data.dataset import Dataset
 from lede_env.errors import LedeError
 from lede_env.evaluation import Evaluation
 from lede_env.oracles import DraftTable, ExitTable
-from lede_env.policies import ExitPolicy, MLPPolicy
+from lede_env.policies import EXIT, ExitPolicy, MLPPolicy
 
 BATCH = 256  # transitions an update, for all agents that do not say otherwise
 
@@ -62,6 +64,34 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+@contextmanager
+def record_history(
+    folder: Path,
+    columns: Sequence[str],
+    board: Board,
+    history: list[dict[str, Any]],
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Callable[..., None]]:
+    """What puts a row into `history`, `folder`/history.csv and TensorBoard, and hands it to `progress`.
+
+    columns: of the file, of which a row may lack some; the first counts the rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "history.csv").open("w", newline="", buffering=1) as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+
+        def log(**row: Any) -> None:
+            row = {columns[0]: len(history), **row}
+            history.append(row)
+            table.writerow(row)
+            board.add(len(history) - 1, row)
+            if progress:
+                progress(row)
+
+        yield log
 
 
 @dataclass(frozen=True)
@@ -164,3 +194,13 @@ def linear_layers(network: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
     layers = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
     return [layer.weight.detach().numpy() for layer in layers], [layer.bias.detach().numpy() for layer in layers]
+
+
+def advantage_layers(network: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`linear_layers` of a network whose one output is the advantage of exiting, as Q(exit) beside Q(continue) = 0."""
+    layers = linear_layers(network)
+    for arrays in layers:
+        both = np.zeros((2, *arrays[-1].shape[1:]), np.float32)
+        both[EXIT] = arrays[-1][0]
+        arrays[-1] = both
+    return layers

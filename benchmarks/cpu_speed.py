@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import lede_env
+from benchmarks.engine_peers import transformers_method
 from benchmarks.harness import (
     RESULTS,
     Method,
@@ -32,7 +33,6 @@ from benchmarks.harness import (
 )
 from benchmarks.tuning import MACHINE, Bench, best, search, setting
 from lede_env.arguments import clear_errors
-from lede_env.engine.acceptance import derive_seed
 from lede_env.engine.cost_model import measure
 from lede_env.models.loading import EMBEDDED
 from lede_env.tasks import Prompt, load_prompts
@@ -97,7 +97,7 @@ def compare(
         "transformers, assistant_early_exit={}, best: {} tokens, threshold {}".format(*early): early,
     }
     methods: dict[str, Method] = {
-        name: transformers_method(args, temperature, reference, setting) for name, setting in peer.items()
+        name: peer_method(args, temperature, reference, setting) for name, setting in peer.items()
     }
     own = {
         "Autoregressive": lede_env.Autoregressive(),
@@ -117,30 +117,8 @@ def compare(
     return [{"T": temperature, **row} for row in table(timings)], sweeps
 
 
-def transformers_method(
-    args: Args, temperature: float, model, early_exit: tuple[int, int, float] | None = None
-) -> Method:
-    """transformers' own generate; early_exit: (exit layer, draft tokens, confidence threshold)."""
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    if early_exit is not None:
-        options["assistant_early_exit"] = early_exit[0]
-
-    def decode(prompt: tuple[int, list[int]]):
-        index, tokens = prompt
-        torch.manual_seed(derive_seed(args.seed, index))
-        if early_exit is not None:  # passed to generate() these two are ignored; on the generation config they count
-            model.generation_config.num_assistant_tokens = early_exit[1]
-            model.generation_config.assistant_confidence_threshold = early_exit[2]
-        ids = torch.tensor([tokens])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **options
-            )
-        return out[0, len(tokens) :].tolist(), None
-
-    return decode
+def peer_method(args: Args, temperature: float, model, early_exit: tuple[int, int, float] | None) -> Method:
+    return transformers_method(model, args.max_new_tokens, early_exit, temperature, args.seed)
 
 
 def best_early_exit(
@@ -149,7 +127,7 @@ def best_early_exit(
     """The fastest assistant_early_exit setting, all timed once and the best few again, and every timing's tokens/s."""
 
     def timed(settings, prompts, repeats) -> dict[tuple[int, int, float], float]:
-        methods: dict[str, Method] = {str(s): transformers_method(args, temperature, model, s) for s in settings}
+        methods: dict[str, Method] = {str(s): peer_method(args, temperature, model, s) for s in settings}
         timings = time_methods(methods, prompts, repeats, console)
         return {s: timings[str(s)].tokens_per_second for s in settings}
 

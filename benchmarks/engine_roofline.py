@@ -1,16 +1,14 @@
-"""How close the CUDA engine comes to the memory's speed, and where the rest goes; transformers beside it.
+"""How close the CUDA engine comes to the memory's speed, and where the rest goes.
 
 A step at batch 1 reads every weight once, and the keys and values of the context. The floor of a step is those bytes
 over the best read rate that any kernel of this run reached, warmed up, and no less than 4.2 TB/s on an H200.
 
-    python -m benchmarks.engine_roofline --model llama2-7b --peers
+    python -m benchmarks.engine_roofline --model llama2-7b
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,21 +20,16 @@ import tyro
 from rich.console import Console
 
 import lede_env
-from benchmarks.harness import RESULTS, Method, machine, print_table, speedup_interval, time_methods, write_results
+from benchmarks.harness import machine, print_table, results_folder, write_results
 from lede_env.arguments import clear_errors
-from lede_env.decoding.strategies import Strategy, parse_strategy
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
-from lede_env.models.loading import EMBEDDED
-from lede_env.models.twin import write_twin
-from lede_env.models.zoo import MODELS
-from lede_env.tasks import TASKS, load_prompts
+from lede_env.tasks import load_prompts
 
 H200_RATE = 4.2e12  # bytes/s: a best rate below it means that the run was not warm
 GREEDY = Sampling()
-EARLY_EXITS = ((8, 4, 0.0), (8, 8, 0.4), (12, 5, 0.4), (16, 8, 0.4))  # layer, tokens, threshold of 32 layers
 
 
 @dataclass
@@ -44,15 +37,10 @@ class Args:
     """Measure the floor of a decoding step on this GPU, and how far above it the engine is."""
 
     model: str = "llama2-7b"
-    weights: Literal["auto", "twin", "random"] = "twin"
+    weights: Literal["auto", "twin"] = "twin"
     contexts: tuple[int, ...] = (512, 2048, 3968)
     steps: int = 64  # timed at each context
-    peers: bool = False  # also transformers on the same twin, written to a folder and loaded back
-    strategies: tuple[str, ...] = ("layerskip:6,4", "layerskip:8,5", "lede")  # of ours, beside the peers
-    prompts: int = 1  # of each task, beside the peers
-    max_new_tokens: int = 128
-    repeats: int = 2
-    out: Path = RESULTS / "h200"
+    out: Path | None = None  # folder of the results; by default benchmarks/results/DEVICE
 
 
 def main(args: Args) -> None:
@@ -66,14 +54,9 @@ def main(args: Args) -> None:
     rows += pieces(lm)
     for context in args.contexts:
         rows += steps(lm, context, args.steps, max(rate, H200_RATE))
-    about["memory reserved, GiB, loading included"] = torch.cuda.max_memory_reserved() / 2**30
     about["weights, GiB"] = sum(weight_bytes(lm).values()) / 2**30
     print_table(f"{lm.name}, {lm.dtype}, batch 1", rows, console)
-    write_results(args.out, f"engine_roofline-{lm.name}", rows, about)
-    if args.peers:
-        rows = compare(args, lm, console)
-        print_table(f"{lm.name} beside transformers, greedy", rows, console)
-        write_results(args.out, f"engine_peers-{lm.name}", rows, about)
+    write_results(args.out or results_folder("cuda"), f"engine_roofline-{lm.name}", rows, about)
 
 
 def median_seconds(call: Callable[[], object], repeats: int = 20) -> float:
@@ -94,6 +77,12 @@ def weight_bytes(lm: LayeredLM) -> dict[str, int]:
     """Bytes of the matrices that a step reads: the layers' and the head's."""
     layers = sum(m.nbytes for layer in lm.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))
     return {"layers": layers, "head": lm.head.nbytes}
+
+
+def kv_bytes(lm: LayeredLM, positions: int) -> int:
+    """Bytes of one sequence's keys and values."""
+    g = lm.geometry
+    return 2 * g.n_layers * g.kv_heads * g.head_dim * lm.dtype.itemsize * positions
 
 
 def bandwidths(lm: LayeredLM) -> tuple[float, list[dict[str, Any]]]:
@@ -127,12 +116,13 @@ def pieces(lm: LayeredLM) -> list[dict[str, Any]]:
         session.fill(slot=0)
         for width in (1, DRAFT_CAP + 1):
             whole = median_seconds(session.graph(*session._segment(0, lm.n_layers, width)).replay)
-            verdict = ("verify", width, GREEDY, False)
-            head = median_seconds(session.graph(verdict, partial(session._verify, width, GREEDY, False)).replay)
-            rows += [
-                {"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3},
-                {"what": f"head and verdict, {width} rows", "ms": head * 1e3},
-            ]
+            rows.append({"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3})
+            for sampling in (GREEDY, Sampling(0.6)):
+                verdict = session.graph(
+                    ("verify", width, sampling, False), partial(session._verify, width, sampling, False)
+                )
+                what = f"head and verdict, {width} rows, T = {sampling.temperature:g}"
+                rows.append({"what": what, "ms": median_seconds(verdict.replay) * 1e3})
         for sampling in (GREEDY, Sampling(0.6)):
             check = median_seconds(session.graph(("read", sampling), partial(session._read_out, sampling)).replay)
             rows.append({"what": f"exit check and draw, T = {sampling.temperature:g}", "ms": check * 1e3})
@@ -155,90 +145,10 @@ def steps(lm: LayeredLM, context: int, count: int, rate: float) -> list[dict[str
     decode = lambda: lede_env.generate(lm, prompt, max_new_tokens=count).metrics  # noqa: E731
     decode()
     found = sorted(m.decode_seconds / m.tokens for m in (decode() for _ in range(5)))[2]
-    g = lm.geometry
-    kv = 2 * g.n_layers * g.kv_heads * g.head_dim * lm.dtype.itemsize * context
-    floor = (sum(weight_bytes(lm).values()) + kv) / rate
+    floor = (sum(weight_bytes(lm).values()) + kv_bytes(lm, context)) / rate
     what = f"autoregressive step at {context} positions"
     return [{"what": what, "ms": found * 1e3, "tokens/s": 1 / found, "floor, ms": floor * 1e3,
              "share of the floor": floor / found}]  # fmt: skip
-
-
-def compare(args: Args, lm: LayeredLM, console: Console) -> list[dict[str, Any]]:
-    """transformers and ours on the same prompts of every task, in turn."""
-    prompts = [p for task in TASKS for p in load_prompts(task, "test")[: args.prompts]]
-    encoded = list(enumerate(lm.encode(prompt.text) for prompt in prompts))
-    own = {name: parse_strategy(name) for name in ("autoregressive", *args.strategies)}
-    methods: dict[str, Method] = {f"ours, {name}": our_method(args, lm, strategy) for name, strategy in own.items()}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        begin = time.perf_counter()
-        write_twin(MODELS[args.model], EMBEDDED, Path(folder), torch.device("cuda"), lm.dtype)
-        console.print(f"written and loading back: {time.perf_counter() - begin:.0f} s")
-        loaded = lede_env.load_model(folder, device="cuda")
-        methods["ours, autoregressive, the folder loaded back"] = our_method(args, loaded, own["autoregressive"])
-        timings = time_methods(methods | peers(args, folder, lm.n_layers), encoded, args.repeats, console, True)
-    base = timings["transformers, eager"]
-    best = max((n for n in timings if "early_exit" in n), key=lambda name: timings[name].tokens_per_second)
-    rows = []
-    for name, timing in timings.items():
-        ratio, low, high = speedup_interval(timings[best], timing)
-        apart = [agree(timing.tokens[i], base.tokens[i]) for i in base.tokens]
-        rows.append(
-            {
-                "method": name,
-                "tokens/s": timing.tokens_per_second,
-                "over the best early exit": ratio,
-                "95 %": f"{low:.2f} to {high:.2f}",
-                "tokens as in transformers' text, up to the first other": statistics.mean(apart),
-            }
-        )
-    return rows
-
-
-def agree(ours: list[int], theirs: list[int]) -> float:
-    """Share of a text up to its first token unlike the other's: bfloat16 rounds, and texts part for good."""
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return same / max(1, len(theirs))
-
-
-def our_method(args: Args, lm: LayeredLM, strategy: Strategy) -> Method:
-    def decode(prompt):
-        out = lede_env.generate(lm, prompt[1], strategy=strategy, max_new_tokens=args.max_new_tokens)
-        return out.token_ids, out.counts
-
-    return decode
-
-
-def peers(args: Args, folder: str, n_layers: int) -> dict[str, Method]:
-    """transformers' generate on the folder: eager, compiled with a static cache, and assistant_early_exit."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda").eval()
-
-    def method(**options: Any) -> Method:
-        early = options.pop("early", None)
-
-        def decode(prompt):
-            if early:
-                model.generation_config.num_assistant_tokens, model.generation_config.assistant_confidence_threshold = (
-                    early[1:]
-                )
-                options["assistant_early_exit"] = early[0]
-            ids = torch.tensor([prompt[1]], device="cuda")
-            with torch.inference_mode():
-                out = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, do_sample=False,
-                    **options,
-                )  # fmt: skip
-            return out[0, len(prompt[1]) :].tolist(), None
-
-        return decode
-
-    scaled = [(round(layer * n_layers / 32), tokens, threshold) for layer, tokens, threshold in EARLY_EXITS]
-    return {
-        "transformers, eager": method(),
-        "transformers, static cache, compiled": method(cache_implementation="static"),
-        **{f"transformers, assistant_early_exit={e}, {n} tokens, {t}": method(early=(e, n, t)) for e, n, t in scaled},
-    }
 
 
 if __name__ == "__main__":

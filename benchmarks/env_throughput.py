@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 
 IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
 

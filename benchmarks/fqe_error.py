@@ -21,7 +21,7 @@ from agents.task import Task
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from benchmarks.offline_rl_runs import environment_of, find_agent, load, pool
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 from lede_env.engine.signals import select_features
 
 

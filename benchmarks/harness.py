@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lede_env.cli import progress_bar
 from lede_env.data.ngrams import repeated_ngrams
 from lede_env.decoding.generate import Generation, generate
 from lede_env.decoding.strategies import Strategy
+from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
@@ -47,6 +47,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "commit": os.environ.get("LEDE_COMMIT") or commit.stdout.strip() or "no git checkout",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def results_folder(device: str) -> Path:
+    """Where results of this machine go by default: results/cpu, results/h200 and the like."""
+    if device != "cuda":
+        return RESULTS / "cpu"
+    return RESULTS / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 def _cpu_name() -> str:
@@ -167,6 +174,17 @@ class Player:
         )
 
 
+def timed(method: Method, prompt: Any, synchronise: bool) -> tuple[float, list[int], Counts | None]:
+    """Seconds that a method takes for a prompt, its tokens and counts. synchronise: it runs on CUDA."""
+    if synchronise:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    tokens, counts = method(prompt)
+    if synchronise:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, tokens, counts
+
+
 def time_methods(
     methods: dict[str, Method], prompts: Sequence[Any], repeats: int, console: Console, synchronise: bool = False
 ) -> dict[str, Timing]:
@@ -185,13 +203,7 @@ def time_methods(
                 order = list(methods)
                 shift = (index + repeat) % len(order)
                 for name in order[shift:] + order[:shift]:
-                    if synchronise:
-                        torch.cuda.synchronize()
-                    begin = time.perf_counter()
-                    tokens, counts = methods[name](prompt)
-                    if synchronise:
-                        torch.cuda.synchronize()
-                    timings[name].add(index, time.perf_counter() - begin, tokens, counts)
+                    timings[name].add(index, *timed(methods[name], prompt, synchronise))
                     bar.advance(task)
     return timings
 

@@ -22,7 +22,7 @@ from agents.nstep_dqn import train
 from benchmarks.figures import learning_curves
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 from lede_env.errors import LedeError
 
 CURVES = ("return", "acceptance", "exit_layer")

@@ -27,9 +27,9 @@ from rich.console import Console
 import lede_env
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.data.registry import default_trace
 from lede_env.data.trace_file import Trace
+from lede_env.display.progress import progress_bar
 from lede_env.engine.kv_cache import KVCache
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.tasks import load_prompts

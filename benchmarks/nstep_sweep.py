@@ -29,7 +29,7 @@ from agents.task import BATCH
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from benchmarks.offline_rl_runs import Run, execute_all, pool
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 from lede_env.engine import signals
 from lede_env.envs import draft_trace
 from lede_env.evaluation import evaluate

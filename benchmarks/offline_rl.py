@@ -31,7 +31,7 @@ from benchmarks.offline_rl_figure import draw
 from benchmarks.offline_rl_runs import Run, execute_all, find_agent
 from benchmarks.rl_statistics import bootstrap, iqm
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
 

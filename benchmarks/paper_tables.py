@@ -26,12 +26,12 @@ from rich.console import Console
 
 import lede_env
 from benchmarks.harness import (
-    RESULTS,
     Player,
     Timing,
     machine,
     print_table,
     repeated_ngrams,
+    results_folder,
     rouge_l,
     time_methods,
 )
@@ -39,9 +39,9 @@ from benchmarks.paper_report import BASELINE, LEDE, STATIC, UNLIKE, compact, gro
 from benchmarks.paper_results import Results
 from benchmarks.tuning import GRIDS, MACHINE, Bench, best, search, setting
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.decoding.strategies import STRATEGIES, LayerSkip, Lede, Strategy
 from lede_env.digest import digest
+from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model, measure
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
@@ -177,10 +177,9 @@ def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str
 
 def results_path(args: Args, lm: LayeredLM) -> Path:
     """benchmarks/results/DEVICE/paper_tables-MODEL[-T0.6][-ablation].json, or the like in another folder."""
-    device = machine("cuda")["hardware"].lower().replace(" ", "-") if lm.device.type == "cuda" else "cpu"
     parts = ["paper_tables", lm.name]
     parts += [f"T{args.temperature:g}"] * (args.temperature > 0) + ["ablation"] * args.ablation
-    return (args.out or RESULTS / device) / f"{'-'.join(parts)}.json"
+    return (args.out or results_folder(lm.device.type)) / f"{'-'.join(parts)}.json"
 
 
 def run_task(args: Args, bench: Bench, name: str, validation: list[Prompt], test: list[Prompt]) -> dict[str, Any]:

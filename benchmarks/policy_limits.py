@@ -25,7 +25,7 @@ from rich.console import Console
 from agents.reference_trees import fit_reference
 from benchmarks.harness import RESULTS, machine, print_table, ratio_interval, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
+from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.evaluation import best_static, static_result
 from lede_env.oracles import DraftTable, Totals, tabulate

@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lede_env
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.decoding import generate as decoder
 from lede_env.decoding import rounds
 from lede_env.decoding.strategies import STRATEGIES, Control, LayerSkip, Strategy
+from lede_env.display.progress import progress_bar
 from lede_env.engine import acceptance
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, speculative_matches
 from lede_env.engine.layered_lm import LayeredLM

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from benchmarks.harness import Player, acceptance_table, time_methods
-from lede_env.cli import progress_bar
 from lede_env.decoding.calibrate_lite import calibrate
 from lede_env.decoding.strategies import (
     Autoregressive,
@@ -25,6 +24,7 @@ from lede_env.decoding.strategies import (
     Lite,
     Strategy,
 )
+from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import DRAFT_CAP

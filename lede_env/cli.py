@@ -10,18 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from tyro.conf import Positional
 
 from lede_env.arguments import clear_errors
+from lede_env.display.progress import progress_bar
 from lede_env.display.terminal import show_stream, summary
 from lede_env.errors import LedeError
 from lede_env.offline.commands import app as dataset_app
@@ -33,18 +26,6 @@ if TYPE_CHECKING:
 app = tyro.extras.SubcommandApp()
 app.command(dataset_app, name="dataset", help="Offline datasets: list, info, make, verify, export.")
 console = Console()
-
-
-def progress_bar(console: Console = console) -> Progress:
-    """The progress bar of every command."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 @app.command
@@ -133,7 +114,7 @@ def compare_strategies(lm: LayeredLM, prompt: str, chosen: Strategy, options: di
     from lede_env.display.compare import REPEATS, comparison_table, contestants, race
 
     strategies, unable = contestants(lm, chosen)
-    with progress_bar() as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("comparing", total=None)
         results = race(
             lm, prompt, strategies, options, lambda done, total: bar.update(task, completed=done, total=total)
@@ -218,7 +199,7 @@ def record_trajectories(
 
     config = pinned(env)
     actor = parse_policy(policy, MODELS[config.model].n_layers, config.candidate_layers)
-    with progress_bar() as bar:
+    with progress_bar(console) as bar:
         task_id = bar.add_task(f"recording {policy} on {env}", total=episodes)
         held, rows = record_episodes(
             env,
@@ -255,7 +236,7 @@ def record_one_trace(
 
     prompts = load_prompts(config.task, config.split)
     lm = load_weights(config)
-    with progress_bar() as bar:
+    with progress_bar(console) as bar:
         task_id = bar.add_task(f"tracing {env}", total=len(prompts) * samples)
         trace = record_trace(
             lm,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agents.advantages import draft_questions
 from agents.collectors import (
     Args,
     best_static,
-    draft_questions,
     make_collectors,
     states_of,
     tokens_emitted,
@@ -96,6 +96,8 @@ def test_the_learners_episodes_are_the_dataset(tmp_path, problem, monkeypatch):
     assert not np.array_equal(checkpoints[1][2].weights[0], checkpoints[2][2].weights[0])
 
     scores = iter([0, 2, 0, 0, 1])  # of static, expert, blocks
+    some = {"layer": 4} if problem.mdp == "exit" else {"layer": 4, "speculation": 5, "cap": 12}
+    monkeypatch.setattr("agents.collectors.best_static", lambda bench: some)  # tested above
     values = make_collectors(args, problem, lambda line: None)
     assert values["block"] == 6 and len(values["replay_epsilons"]) == 2
     monkeypatch.setattr(tiers, "COLLECTORS", tmp_path)

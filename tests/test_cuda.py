@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lede_env
+from lede_env.engine.acceptance import Draws, Sampling, draw_rows
 from lede_env.tasks import load_prompts
 from tests.small_models import ARCHITECTURES, save_random_model
 from tests.test_losslessness import ON_EMBEDDED
@@ -65,6 +66,41 @@ def test_graphs_on_every_architecture(tmp_path, monkeypatch, architecture):
             assert ours.rounds == lede_env.generate(lm, [1, 17, 40, 5, 23], **options).rounds
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.6, 1.5])
+@pytest.mark.parametrize("vocab", [97, 8192, 32016])
+def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperature):
+    from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
+
+    read, slots = ReadOut(vocab, torch.device("cuda")), 3
+    logits = torch.randn(slots, vocab, generator=torch.Generator().manual_seed(vocab)).mul(3)
+    logits[1, vocab // 2 :] -= 200  # half of the blocks weigh nothing
+    q, where = Sampling(temperature).probabilities(logits), logits.cuda()
+    total = q.double().cumsum(-1) / q.double().sum(-1, keepdim=True)
+    out, tokens = torch.zeros(SIZE, device="cuda"), torch.zeros(slots + 1, dtype=torch.long, device="cuda")
+    uniforms = [0.0, 1.0 - 2.0**-53, *Draws(vocab).peek(200)]
+    for slot in range(slots):
+        state = torch.tensor([0, slot, -1, -1, 0], device="cuda")
+        for u, expected in zip(uniforms, draw_rows(q[[slot]].expand(len(uniforms), -1), uniforms), strict=True):
+            read(where, out, tokens, state, torch.tensor([u], dtype=torch.float64, device="cuda"), temperature)
+            token = int(tokens[slot + 1])
+            assert out[TOKEN] == token and out[TOKEN_LOGIT] == where[slot, token] and q[slot, token] > 0
+            # Another token only where u lies within rounding of the border between the two.
+            assert token == expected or abs(float(total[slot, min(token, expected)]) - u) < 1e-5
+        read(where, out, tokens, state, torch.zeros(1, dtype=torch.float64, device="cuda"), 0.0)
+        assert int(tokens[slot + 1]) == int(logits[slot].argmax()) == out[TOKEN]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_graphs_sample_as_the_eager_engine_without_top_p(monkeypatch, temperature):
+    lm = lede_env.load_model("tiny", device="cuda", dtype="float32")
+    prompts = [prompt.text for prompt in load_prompts("all", "test")[::12]]
+    options = dict(strategy=lede_env.Lede(), max_new_tokens=64, temperature=temperature, seed=5)
+    ours = [lede_env.generate(lm, prompt, **options).rounds for prompt in prompts]
+    eager(monkeypatch)
+    same = [a == lede_env.generate(lm, prompt, **options).rounds for a, prompt in zip(ours, prompts, strict=True)]
+    assert sum(same) >= len(same) - 1, same  # rounding may part one
+
+
 def test_a_session_serves_the_next_prompt_and_refuses_a_second_user():
     lm = lede_env.load_model("tiny", device="cuda")
     with lm.session(1, 100) as first:
@@ -72,3 +108,12 @@ def test_a_session_serves_the_next_prompt_and_refuses_a_second_user():
             pass
         assert lm.session(1, 100) is not first
     assert lm.session(1, 200) is first
+
+
+def test_a_session_that_is_too_small_makes_way():
+    lm = lede_env.load_model("tiny", device="cuda")
+    lm.idle.clear()
+    for capacity in (100, 1500, 900):
+        with lm.session(1, capacity):
+            pass
+    assert [session.capacity for session in lm.idle] == [2048]

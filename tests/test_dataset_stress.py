@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -20,30 +19,22 @@ from lede_env.errors import LedeError
 from lede_env.offline import making
 from lede_env.offline.making import is_whole, make, verify
 from lede_env.offline.tiers import recipe_of
+from tests.kills import episodes_in, kill_again_and_again
 
 NAME = "tiny/mixed-v0"
 EPISODES = 400
 PART = 300  # episodes a worker
 
-# Forks for every line it reads, so that imports and environments are paid once. A file commits every few episodes.
-SERVER = f"""if True:
-    import os, sys
+SETUP = f"""
     from functools import partial
     import lede_env.recording as recording
     from lede_env.offline import making
     from lede_env.offline.tiers import recipe_of
     recipe = recipe_of({NAME!r})
-    envs = recording.make_player_envs(recipe.problem.env_id, 4, **recipe.problem.env_kwargs)
+    envs = recording.make_player_envs(recipe.problem.env_id, 16, **recipe.problem.env_kwargs)
     making.make_player_envs = lambda *args, **kwargs: envs
     recording.TrajectoryWriter = partial(recording.TrajectoryWriter, chunk_rows=256)
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            making.make(recipe, line.strip(), {EPISODES}, resume=True)
-            os._exit(0)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    """
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,57 +50,29 @@ def assert_prefix(path, whole):
     return data.n_episodes
 
 
-def episodes_in(path):
-    return read_trajectories(path, columns=()).n_episodes if path.exists() else 0
-
-
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_kills_lose_nothing(tmp_path, whole, kills):
-    path, rng, counts = tmp_path / "killed.h5", random.Random(kills), [0]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
-
-        def run():
-            server.stdin.write(f"{path}\n")
-            server.stdin.flush()
-            return int(server.stdout.readline())
-
-        for number in range(kills):
-            child = run()
-            deadline = time.monotonic() + 60
-            while number % 2 and episodes_in(path) == counts[-1]:  # in the middle of playing; else at any moment
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
-            os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == -signal.SIGKILL
-            counts.append(assert_prefix(path, whole) if path.exists() else 0)
-        run()
-        assert int(server.stdout.readline()) == 0
-        server.stdin.close()
-    assert counts == sorted(counts) and 0 < counts[-1] < EPISODES and len(set(counts)) > kills // 4, counts
+@pytest.mark.parametrize(("kills", "episodes"), [(8, 240), pytest.param(50, 1500, marks=pytest.mark.slow)])
+def test_kills_lose_nothing(tmp_path, kills, episodes):
+    whole = read_trajectories(make(recipe_of(NAME), tmp_path / "whole.h5", episodes))
+    path = tmp_path / "killed.h5"
+    write = f"making.make(recipe, {str(path)!r}, {episodes}, resume=True)"
+    counts = kill_again_and_again(path, SETUP, write, kills, lambda path: assert_prefix(path, whole))
+    assert 0 < counts[-1] < episodes and len(set(counts)) > kills // 4, counts
     data = read_trajectories(path)
     assert checksum(data.arrays) == data.attributes["checksum"] == whole.attributes["checksum"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.h5"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.h5", "whole.h5"]
 
 
 def test_a_file_size_limit_and_resume(tmp_path, whole):
     path = tmp_path / "full.h5"
     arguments = ["dataset", "make", NAME, "--episodes", str(EPISODES), "--out", str(path), "--resume"]
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, -1)); "
-    program = "from lede_env.cli import main; main()"
-
-    def run(code):
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    failed = run(limited + program)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, -1)); "
+    command = [sys.executable, "-c", limited + "from lede_env.cli import main; main()", *arguments]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     said = " ".join(failed.stderr.split())
     assert str(path) in said and "intact" in said and "--resume" in said
     assert not path.exists() or assert_prefix(path, whole) < EPISODES
-    assert run(program).returncode == 0
+    make(recipe_of(NAME), path, EPISODES, resume=True)
     assert read_trajectories(path).attributes["checksum"] == whole.attributes["checksum"]
 
 
@@ -117,13 +80,13 @@ def test_a_second_writer_is_refused_and_the_number_of_environments_leaves_no_tra
     path = tmp_path / "a.h5"
     with locked(path), pytest.raises(LedeError, match=f"being written by another process .pid {os.getpid()}"):
         make(recipe_of(NAME), path, 3)
-    monkeypatch.setattr(making, "LANES", 3)
-    make(recipe_of(NAME), path, 40)
-    assert assert_prefix(path, whole) == 40
+    monkeypatch.setattr(making, "LANES", 7)
+    make(recipe_of(NAME), path, 25)
+    assert assert_prefix(path, whole) == 25
 
 
 def test_readers_beside_the_writer_see_committed_episodes(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(making, "LANES", 8)
+    monkeypatch.setattr(making, "LANES", 16)
     monkeypatch.setattr("lede_env.recording.TrajectoryWriter", _often)
     path, counts = tmp_path / "read.h5", []
     thread = threading.Thread(target=make, args=(recipe_of(NAME), path, 60))

@@ -129,9 +129,8 @@ def test_embedded_model_equals_transformers(tiny, embedded_references, name):
     prompts, references = embedded_references
     ties = 0
     for strategy in row_of(ON_EMBEDDED, name)(tiny):
-        outs = lede_env.generate(tiny, prompts[4:], strategy=strategy, max_new_tokens=96)
-        alone = [lede_env.generate(tiny, prompt, strategy=strategy, max_new_tokens=96) for prompt in prompts[:4]]
-        outs = [*alone, *outs]
+        alone = lede_env.generate(tiny, prompts[0], strategy=strategy, max_new_tokens=96)
+        outs = [alone, *lede_env.generate(tiny, prompts[1:], strategy=strategy, max_new_tokens=96)]
         ties += sum(is_tie(out.token_ids, reference) for out, reference in zip(outs, references, strict=True))
         if isinstance(strategy, Lite) or (isinstance(strategy, Lede) and isinstance(strategy.policy, CoinPolicy)):
             exits = {layer for out in outs for round_ in out.rounds for layer in round_.exits}
@@ -197,7 +196,7 @@ def test_random_models_equal_transformers(random_references, architecture, late_
     lm, references = random_references(architecture, late_scale)
     draw, ties = row_of(ON_RANDOM, name), []
 
-    @settings(max_examples=2 if name == "autoregressive" else 6, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=2 if name == "autoregressive" else 4, deadline=None, derandomize=True, database=None)
     @given(st.integers(0, 2**32), st.integers(0, len(RANDOM_PROMPTS) - 1), st.integers(1, RANDOM_TOKENS))
     def equals(seed, at, new_tokens):
         out = lede_env.generate(

@@ -132,7 +132,7 @@ def test_the_exported_policies_drive_the_decoder(task, tiny):
 
 def test_all_agents_log_the_same_curves(task, tmp_path):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for agent in (Thresholds(quantiles=5), NStepDQN()):
+    for agent in (Fixed(), Thresholds(quantiles=5), Logistic(), OracleCloning(), AcceptanceStopping(), NStepDQN()):
         folder = tmp_path / type(agent).__name__
         board = Board(folder)
         agent.train(replace(task, board=board, updates=10))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from agents.optimal_stopping import Args, Rounds, train
-from lede_env.data.trace_file import load_trace
+from agents.judge import problem
+from agents.optimal_stopping import ENV_ID, START, Args, States, main, settings_of, train
+from agents.task import Board
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.cost_model import load_cost_model
-from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.envs.draft_env import SpeculativeDraftEnv
 from lede_env.models.loading import load_model
-from lede_env.policies import EXIT
+from lede_env.policies import EXIT, MLPPolicy, StaticRounds
 from lede_env.tasks import load_prompts
 from lede_env.tracing import record_trace
 
 LAYERS, TOKENS = (3, 4, 8), 24
-COSTS = load_cost_model("tiny-cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,38 +53,57 @@ def play(trace_file, temperature, choose):
     return tokens, cost
 
 
+def problem_of(trace_file):
+    return problem(ENV_ID, "train", settings_of(str(trace_file), Args()))
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["greedy", "sampled"])
-def test_the_rate_is_that_of_the_environment(traces, place):
-    trace = load_trace(traces[place])
-    rounds = Rounds(trace, "train", DRAFT_FEATURES, COSTS)
-    weights = np.random.default_rng(place).normal(size=len(DRAFT_FEATURES))
+def test_the_speedup_is_that_of_the_environment(traces, place):
+    policy = MLPPolicy.random(DRAFT_FEATURES, seed=place)
+    known = problem_of(traces[place]).env.attributes
+    layers = {"mdp": "draft", "candidate_layers": LAYERS}
+    policy = replace(policy, **layers, **{name: known[name] for name in ("n_layers", "model_fingerprint")})
+    tokens, cost = play(traces[place], 0.6 * place, lambda o: int(policy.exit_probability(o[None])[0]))
+    assert problem_of(traces[place]).judge(policy).modelled_speedup == pytest.approx(tokens / cost, rel=1e-6)
 
-    def advantage(observations):
-        return observations @ weights - 1.0
 
-    tokens, cost = play(traces[place], trace.header.temperature, lambda o: int(advantage(o) > 0))
-    assert rounds.rate(advantage(rounds.observations)) == pytest.approx(tokens / cost, rel=1e-6)
+def round_from(table, exits, x, t):
+    """(candidate, drafts) of the round that starts at a position, one decision after the other."""
+    last, lengths = len(LAYERS) - 1, table.lengths[x, t]
+    candidate = next((c for c in range(last) if exits[x, t, c, 0]), last)
+    drafts = 1
+    if exits[x, t, candidate, 0] and lengths[candidate] > 1:
+        drafts = 2
+        while drafts < lengths[candidate] and exits[x, t, candidate, drafts - 1]:
+            drafts += 1
+    return candidate, drafts
 
 
 def test_advantages_are_what_changing_one_decision_brings(traces):
     """Force the other action in one state, play the rest of the round by the policy, and compare the worth."""
-    rounds = Rounds(load_trace(traces[0]), "train", DRAFT_FEATURES, COSTS)
-    rng, rho = np.random.default_rng(0), 1.7
-    policy = rng.normal(size=rounds.observations.shape[:3])
-    advantage, asked = rounds.advantages(policy, rho)
-    visited = rounds.visited(policy) & asked
-    checked = 0
-    for n, c, k in rng.permutation(np.argwhere(visited))[:200]:
+    states, rho, rng = States(problem_of(traces[0]).table), 1.7, np.random.default_rng(0)
+    exits, table = np.zeros(states.asked.shape), states.table
+    exits[states.asked] = rng.random(len(states.observations)) < 0.6
+
+    class Recorded:
+        features = table.backend.features
+
+        def exit_probability(self, observations):
+            return exits[states.asked]
+
+    advantage, visited = states.advantages(Recorded(), rho)
+    places = np.argwhere(states.asked)
+    for place in rng.permutation(np.flatnonzero(visited))[:200]:
+        x, t, c, k = places[place]
         worth = {}
-        for action in (-1.0, 1.0):
-            forced = policy.copy()
-            forced[n, c, k] = action
-            candidate, drafts, decisions = (array[n] for array in rounds.choose(forced))
-            spent = rounds.cost[candidate, drafts] + decisions * rounds.decision
-            worth[action] = rounds.emitted[n, candidate, drafts] - rho * spent
-        assert advantage[n, c, k] == pytest.approx(worth[1.0] - worth[-1.0], abs=1e-9)
-        checked += 1
-    assert checked == 200
+        for action in (0.0, 1.0):
+            forced = exits.copy()
+            forced[x, t, c, k] = action
+            end = (x, t, *np.add(round_from(table, forced, x, t), (0, -1)))
+            plain = table.rounds[end] - 1  # not of the round
+            worth[action] = table.emitted[end] - plain - rho * (table.cost[end] - plain * table.mdp.plain_cost)
+        assert advantage[place] == pytest.approx(worth[1.0] - worth[0.0], abs=1e-9)
+    assert visited.sum() > 200
 
 
 def test_training_improves_and_reproduces(traces):
@@ -91,8 +111,19 @@ def test_training_improves_and_reproduces(traces):
     policy, history = train(args)
     again, repeated = train(args)
     assert history == repeated and all((a == b).all() for a, b in zip(policy.weights, again.weights, strict=True))
-    assert policy.mdp == "draft" and policy.candidate_layers == LAYERS
+    assert policy.mdp == "draft" and policy.candidate_layers == LAYERS and policy.features == args.features
     assert EXIT == 1 and not policy.weights[-1][0].any()  # Q(continue) is 0 by definition
-    rounds = Rounds(load_trace(traces[0]), "train", args.features, COSTS)
-    never = rounds.rate(np.full((*rounds.most.shape, DRAFT_CAP), -1.0))
-    assert max(row["train 0.0"] for row in history) > never
+    start = problem_of(traces[0]).judge(StaticRounds(LAYERS[0], START, 16, 12)).modelled_speedup
+    assert max(row["train 0.0"] for row in history) > start
+
+
+def test_a_run_leaves_history_curves_and_the_policy(traces, tmp_path):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main(Args(traces=(str(traces[0]),), iterations=2, updates=5, batch_size=32, hidden=(4,), out=tmp_path))
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["0", "1"] and all(float(row["validation 0.0"]) > 0 for row in rows)
+    assert (tmp_path / "policy" / "policy.json").is_file()
+    events = event_file.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(Board.CURVES)

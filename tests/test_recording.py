@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 
 import gymnasium as gym
@@ -22,6 +16,7 @@ from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.errors import LedeError
 from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy
 from lede_env.recording import episode_seed, make_player_envs, policy_digest, prompt_of, record
+from tests.kills import kill_again_and_again
 from tests.small_models import untrained_policy
 
 ID, DRAFT_ID = "LEDE-Tiny-v0", "LEDE-Tiny-Draft-v0"
@@ -314,23 +309,16 @@ def test_arguments_and_prompt_files_that_are_not_text(tmp_path, monkeypatch, cap
         assert ended.value.code == 2 and says in error and "Traceback" not in error
 
 
-# Forks for every line it reads, so that the imports and the model are loaded once. A file commits every few episodes.
-SERVER = """if True:
-    import os, sys
+SETUP = """
     from functools import partial
     import lede_env, lede_env.cli, lede_env.recording as recording
     lede_env.load_model("tiny", device="cpu")
     recording.TrajectoryWriter = partial(recording.TrajectoryWriter, chunk_rows=32)
-    for line in sys.stdin:
-        sys.argv = ["lede", *line.split()]
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            lede_env.cli.main()
-            os._exit(0)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    """
+    def lede(command):
+        sys.argv = ["lede", *command.split()]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        lede_env.cli.main()
+"""
 
 
 def command(path, episodes):
@@ -339,10 +327,6 @@ def command(path, episodes):
         f"record --env {ID} --policy static:{layer} --task parse --max-new-tokens 6 --episodes {episodes} "
         f"--num-envs 4 --seed {SEED} --device cpu --resume --out {path}"
     )
-
-
-def episodes_in(path):
-    return read_trajectories(path, columns=()).n_episodes if path.exists() else 0
 
 
 def assert_prefix(path, whole):
@@ -364,30 +348,9 @@ def test_kills_lose_nothing(tmp_path, kills, episodes):
         tmp_path / "whole.h5", StaticPolicy(LAYERS[1], 16), episodes, num_envs=8, max_new_tokens=6,
         policy_name=f"static:{LAYERS[1]}",
     )  # fmt: skip
-    path, rng, counts = tmp_path / "killed.h5", random.Random(kills), [0]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
-
-        def run():
-            server.stdin.write(command(path, episodes) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline())
-
-        for number in range(kills):
-            child = run()
-            if number % 2 == 0:  # in the middle of recording; else at any moment, start-up too
-                deadline = time.monotonic() + 60
-                while episodes_in(path) == counts[-1]:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.3))
-            os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == -signal.SIGKILL
-            counts.append(assert_prefix(path, whole) if path.exists() else 0)
-        run()
-        assert int(server.stdout.readline()) == 0
-        server.stdin.close()
-    assert counts == sorted(counts) and 0 < counts[-1] < episodes
+    path = tmp_path / "killed.h5"
+    write = f"lede({command(path, episodes)!r})"
+    counts = kill_again_and_again(path, SETUP, write, kills, lambda path: assert_prefix(path, whole))
+    assert 0 < counts[-1] < episodes
     assert_same_data(read_trajectories(path), whole)
     assert read_trajectories(path).attributes == whole.attributes

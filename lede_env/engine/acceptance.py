@@ -84,6 +84,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether top-k or top-p may leave tokens out of what is drawn from."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """(N, V) logits -> (N, V) probabilities in float32, after temperature, top-k and top-p, renormalised."""
         scores = logits.float() / self.temperature

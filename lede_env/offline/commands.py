@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from lede_env.display.progress import progress_bar
 from lede_env.errors import LedeError
 
 app = SubcommandApp()
@@ -185,8 +186,6 @@ def export(
 @contextmanager
 def episode_bar(what: str) -> Iterator[Callable[[int, int], Any]]:
     """A progress bar, as a function to call with how much is done, and of how much."""
-    from lede_env.cli import progress_bar
-
     with progress_bar(console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -15,7 +15,8 @@ from lede_env.data.registry import default_trace, load_trace
 from lede_env.data.trajectory_file import checksum, read_trajectories, rewrite
 from lede_env.errors import LedeError
 from lede_env.offline.tiers import NAMES, Recipe, recipe_of
-from lede_env.policies import Oracle, check_compatible
+from lede_env.oracles import Oracle
+from lede_env.policies import check_compatible
 from lede_env.recording import Act, log_episodes, make_player_envs, policy_act, policy_digest, run_attributes
 from lede_env.validation import Validation, validate
 

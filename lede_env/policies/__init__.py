@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lede_env.errors import LedeError
 from lede_env.policies.files import SHIPPED, load_policy
 from lede_env.policies.networks import MaskedMLPPolicy, MLPPolicy
-from lede_env.policies.oracle import Oracle
 from lede_env.policies.rules import (
     CONTINUE,
     EXIT,
@@ -27,7 +26,6 @@ __all__ = [
     "ExitPolicy",
     "MLPPolicy",
     "MaskedMLPPolicy",
-    "Oracle",
     "RandomPolicy",
     "StaticPolicy",
     "StaticRounds",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 BLOCK = 64  # cached positions at a time
 PROGRAMS = 528  # four a multiprocessor of an H100 or H200: what the splits aim at
+ONE_ROW_PROGRAMS = 256  # as much for one row: fewer parts to join
 
 
 @triton.jit
@@ -50,7 +51,8 @@ def _attend_one_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """As `_attention_kernel` for one new row of a query head: too little for tensor cores. The last split takes the
-    new position along with its share."""
+    new position along with its share. Each block is loaded before the one ahead of it is used, the first one before
+    the query is there."""
     head, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(state_ptr) + tl.load(state_ptr + 1)  # position of the new row
     group: tl.constexpr = HEADS // KV_HEADS
@@ -62,31 +64,35 @@ def _attend_one_kernel(
     span = tl.cdiv(tl.cdiv(start, BT), SPLITS) * BT
     begin = split * span
     end = tl.minimum(begin + span, start)
+    t = begin + tl.arange(0, BT)
+    place = t[:, None] * DIM + d[None, :]
+    k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)  # (BT, DIM)
+    v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
     q = _turned_row(qkv_ptr + head * DIM, rope_ptr, start, d, DIM).to(kind).to(tl.float32)
     best = -1e30
     total = 0.0
     acc = tl.zeros((DIM,), tl.float32)
     if split == SPLITS - 1:
-        k = _turned_row(qkv_ptr + (HEADS + kv) * DIM, rope_ptr, start, d, DIM).to(kind)
-        v = tl.load(qkv_ptr + (HEADS + KV_HEADS + kv) * DIM + d)
+        fresh_k = _turned_row(qkv_ptr + (HEADS + kv) * DIM, rope_ptr, start, d, DIM).to(kind)
+        fresh_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + kv) * DIM + d)
         if head % group == 0:
-            tl.store(keys_ptr + start * DIM + d, k)
-            tl.store(values_ptr + start * DIM + d, v)
-        best = tl.sum(q * k.to(tl.float32), axis=0) * scale
+            tl.store(keys_ptr + start * DIM + d, fresh_k)
+            tl.store(values_ptr + start * DIM + d, fresh_v)
+        best = tl.sum(q * fresh_k.to(tl.float32), axis=0) * scale
         total = 1.0
-        acc = v.to(tl.float32)
+        acc = fresh_v.to(tl.float32)
     for first in tl.range(begin, end, BT):
-        t = first + tl.arange(0, BT)
+        t = first + BT + tl.arange(0, BT)
         place = t[:, None] * DIM + d[None, :]
-        k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)  # (BT, DIM)
-        v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
-        score = tl.where(t < end, tl.sum(k.to(tl.float32) * q[None, :], axis=1) * scale, -1e30)
+        next_k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)
+        next_v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
+        score = tl.where(t - BT < end, tl.sum(k.to(tl.float32) * q[None, :], axis=1) * scale, -1e30)
         higher = tl.maximum(best, tl.max(score, axis=0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(best - higher)
         total = total * shrink + tl.sum(weight, axis=0)
         acc = acc * shrink + tl.sum(v.to(tl.float32) * weight[:, None], axis=0)
-        best = higher
+        best, k, v = higher, next_k, next_v
     mine = head * SPLITS + split
     tl.store(part_ptr + mine * DIM + d, acc)
     tl.store(stats_ptr + mine * 2, best)
@@ -185,8 +191,8 @@ class Attention:
         self.group = heads // kv_heads
         self.block = max(16, triton.next_power_of_2(rows * self.group))  # query rows of a KV head
         most = 32 if self.block <= 32 else 8  # joining parts of many rows takes long
-        programs = heads if rows == 1 else kv_heads
-        self.splits = min(most, max(2, 1 << (PROGRAMS // programs).bit_length() - 1))
+        share = ONE_ROW_PROGRAMS // heads if rows == 1 else PROGRAMS // kv_heads
+        self.splits = min(most, max(2, 1 << share.bit_length() - 1))
         shape = (heads, self.splits, 1) if rows == 1 else (kv_heads, self.splits, self.block)
         self.part = torch.empty(*shape, dim, device=device)
         self.stats = torch.empty(*shape, 2, device=device)
@@ -205,7 +211,7 @@ class Attention:
         if self.rows == 1:
             _attend_one_kernel[(self.heads, self.splits)](
                 *tensors, self.dim**-0.5, keys.shape[2],
-                HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, BT=BLOCK // 2, SPLITS=self.splits,
+                HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, BT=BLOCK, SPLITS=self.splits,
                 num_warps=4, num_stages=2,
             )  # fmt: skip
             return

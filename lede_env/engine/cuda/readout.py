@@ -1,4 +1,11 @@
-"""What a decision and a draft need of a next-token distribution: read off the logits in two small kernels."""
+"""What a decision and a draft need of a next-token distribution: read off the logits in two small kernels.
+
+A sampled draft is drawn there too, by inverse transform, where neither top-k nor top-p leaves tokens out: block by
+block the first kernel sums exp((l - max) / T), the second finds the block that the uniform number falls into, and in it
+the token. That is the token of `lede_env.engine.acceptance.draw_rows`, but where the number lies within rounding of
+the border between two tokens: weights here and softmax's there are float32 and differ by about 1e-6 of themselves, sums
+are float64 in both.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +37,34 @@ def _largest(x, index, values_ptr, places_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _drawn(logits_ptr, masses, top, inverse, uniform, V, BLOCKS, BP: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token at which the running sum of exp((l - top) / T) exceeds `uniform` times the whole.
+
+    `masses`, (BP,), are the sums of the blocks; `inverse` is 1 / T.
+    """
+    p = tl.arange(0, BP)
+    reached = tl.cumsum(masses, axis=0)
+    goal = uniform * tl.max(reached, axis=0)
+    # Sums of a parallel scan need not ascend where nothing is added: only what weighs something counts, and should
+    # rounding let none of it pass the goal, the last of it will do.
+    block = tl.min(tl.where((masses > 0) & (reached > goal), p, BLOCKS), axis=0)
+    block = tl.minimum(block, tl.max(tl.where(masses > 0, p, 0), axis=0))
+    before = tl.max(tl.where(p < block, reached, 0.0), axis=0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
+    weight = tl.exp((x - top) * inverse)
+    within = before + tl.cumsum(weight.to(tl.float64), axis=0)
+    token = tl.min(tl.where((weight > 0) & (within > goal), index, V), axis=0)
+    return tl.minimum(token, tl.max(tl.where(weight > 0, index, 0), axis=0))
+
+
+@triton.jit
 def _blocks_kernel(
-    logits_ptr, parts_ptr, values_ptr, places_ptr, state_ptr, V, BLOCK: tl.constexpr, COUNT: tl.constexpr
-):
-    """Of one block of logits: its maximum, sum of exp(l - max), sum of exp(l - max) (l - max), and COUNT largest."""
+    logits_ptr, parts_ptr, values_ptr, places_ptr, masses_ptr, state_ptr, V, inverse,
+    BLOCK: tl.constexpr, COUNT: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """Of one block of logits: its maximum, sum of exp(l - max), sum of exp(l - max) (l - max), and COUNT largest; with
+    SAMPLED also the sum of exp((l - max) / T)."""
     block = tl.program_id(0)
     logits_ptr += tl.load(state_ptr + 1) * V
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -43,15 +74,19 @@ def _blocks_kernel(
     tl.store(parts_ptr + block * 3, top)
     tl.store(parts_ptr + block * 3 + 1, tl.sum(weight, axis=0))
     tl.store(parts_ptr + block * 3 + 2, tl.sum(tl.where(weight > 0, weight * (x - top), 0.0), axis=0))
+    if SAMPLED:
+        tl.store(masses_ptr + block, tl.sum(tl.exp((x - top) * inverse).to(tl.float64), axis=0))
     _largest(x, index, values_ptr + block * COUNT, places_ptr + block * COUNT, COUNT)
 
 
 @triton.jit
 def _join_kernel(
-    logits_ptr, parts_ptr, values_ptr, places_ptr, out_ptr, tokens_ptr, state_ptr, V, BLOCKS,
-    BP: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr, DRAW: tl.constexpr,
+    logits_ptr, parts_ptr, values_ptr, places_ptr, masses_ptr, uniform_ptr, out_ptr, tokens_ptr, state_ptr, V, BLOCKS,
+    inverse,
+    BLOCK: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr, DRAW: tl.constexpr,
+    SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """Join the blocks. With DRAW the most probable token becomes the draft."""
+    """Join the blocks. With DRAW the most probable token becomes the draft, with SAMPLED too a drawn one."""
     logits_ptr += tl.load(state_ptr + 1) * V
     p = tl.arange(0, BP)
     tops = tl.load(parts_ptr + p * 3, mask=p < BLOCKS, other=float("-inf"))
@@ -76,9 +111,12 @@ def _join_kernel(
     tl.store(out_ptr + 2 * COUNT, top + tl.log(total))
     tl.store(out_ptr + 2 * COUNT + 1, tl.log(total) - mean)
     tl.store(out_ptr + 2 * COUNT + 2, tl.load(logits_ptr + tl.maximum(guess, 0)))
+    if SAMPLED:
+        masses = tl.load(masses_ptr + p, mask=p < BLOCKS, other=0.0) * tl.exp(shift * inverse).to(tl.float64)
+        token = _drawn(logits_ptr, masses, top, inverse, tl.load(uniform_ptr), V, BLOCKS, BP, BLOCK)
     if DRAW:
         tl.store(out_ptr + 2 * COUNT + 3, token.to(tl.float32))
-        tl.store(out_ptr + 2 * COUNT + 4, top)
+        tl.store(out_ptr + 2 * COUNT + 4, tl.load(logits_ptr + token))
         tl.store(tokens_ptr + tl.load(state_ptr + 1) + 1, token.to(tl.int64))
 
 
@@ -90,21 +128,29 @@ class ReadOut:
         self.parts = torch.empty(self.blocks, 3, device=device)
         self.values = torch.empty(self.blocks, TOP, device=device)
         self.places = torch.empty(self.blocks, TOP, dtype=torch.int32, device=device)
+        self.masses = torch.empty(self.blocks, dtype=torch.float64, device=device)
 
-    def __call__(self, logits: Tensor, out: Tensor, tokens: Tensor, state: Tensor, draw: bool) -> None:
-        """Read the open slot's row of (., V) float32 logits into `out`, (SIZE,) float32.
+    def __call__(
+        self, logits: Tensor, out: Tensor, tokens: Tensor, state: Tensor, uniform: Tensor, temperature: float | None
+    ) -> None:
+        """Read the open slot's row of (., V) float32 logits into `out`, (SIZE,) float32, and draw its draft.
 
         Args:
-            tokens: (.,) int64; with `draw`, the most probable token is written after the open slot.
+            tokens: (.,) int64; the draft is written after the open slot.
             state: (.,) int64: state[1] is the open slot, state[2] the lookup's guess, -1 for none.
+            uniform: (.,) float64, whose first number draws the draft.
+            temperature: 0 takes the most probable token, None makes no draft.
         """
+        sampled = bool(temperature)
+        inverse = 1.0 / temperature if temperature else 1.0
+        scratch = (self.parts, self.values, self.places, self.masses)
         _blocks_kernel[(self.blocks,)](
-            logits, self.parts, self.values, self.places, state, self.vocab, BLOCK=BLOCK, COUNT=TOP, num_warps=4
+            logits, *scratch, state, self.vocab, inverse, BLOCK=BLOCK, COUNT=TOP, SAMPLED=sampled, num_warps=4
         )
         _join_kernel[(1,)](
-            logits, self.parts, self.values, self.places, out, tokens, state, self.vocab, self.blocks,
-            BP=triton.next_power_of_2(self.blocks), BC=triton.next_power_of_2(self.blocks * TOP), COUNT=TOP, DRAW=draw,
-            num_warps=4,
+            logits, *scratch, uniform, out, tokens, state, self.vocab, self.blocks, inverse,
+            BLOCK=BLOCK, BP=triton.next_power_of_2(self.blocks), BC=triton.next_power_of_2(self.blocks * TOP),
+            COUNT=TOP, DRAW=temperature is not None, SAMPLED=sampled, num_warps=4,
         )  # fmt: skip
 
 

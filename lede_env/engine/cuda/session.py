@@ -33,11 +33,16 @@ IDLE = 3  # sessions of a model kept for later
 
 
 def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> GraphSession:
-    """An idle session with that much room, or a new one. It returns when its `with` block ends."""
-    for session in lm.idle:
-        if session.capacity >= capacity and (session.width, session.taps) == (width, tuple(taps)):
-            lm.idle.remove(session)
-            return session
+    """An idle session with that much room, or a new one, for which those of the kind that are too small make way.
+
+    It returns when its `with` block ends.
+    """
+    kind = (width, tuple(taps))
+    fitting = next((s for s in lm.idle if s.capacity >= capacity and (s.width, s.taps) == kind), None)
+    if fitting is not None:
+        lm.idle.remove(fitting)
+        return fitting
+    lm.idle[:] = [session for session in lm.idle if (session.width, session.taps) != kind]
     room = min(-(-capacity // POSITIONS) * POSITIONS, lm.geometry.context)
     return GraphSession(lm, max(room, capacity), width, taps)
 
@@ -197,8 +202,9 @@ class GraphSession(Session):
 
     def _read_out(self, sampling: Sampling) -> None:
         self._head(self._draft_logits, 1)
-        self._read(self._draft_logits, self._out, self._tokens, self._state, draw=sampling.greedy)
-        if not sampling.greedy:
+        temperature = None if sampling.filters else sampling.temperature
+        self._read(self._draft_logits, self._out, self._tokens, self._state, self._uniforms, temperature)
+        if sampling.filters:
             self._draw(sampling)
         self._mail.answer(self._out, self._outs)
 
