@@ -11,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 import torch
@@ -43,8 +42,6 @@ FEATURES: dict[str, dict[int, float]] = {
     "echo": {TOP + 1: -1.0},
     **{name: {place: 1.0} for place, name in enumerate(CONTEXT, RAW)},
 }
-_NORMALISED = {"confidence", "entropy", "top1"}  # features that differences of logits do not give
-_PADDING = [[LOG_FLOOR] * (TOP - count) for count in range(TOP + 1)]  # of the largest logits, by how many there are
 LOOKUP_FEATURES = {"match", "echo"}
 
 
@@ -185,23 +182,6 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
     return ((total[here] - total[begin]) / np.maximum(here - begin, 1)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What some features are made of: how many of the largest logits, and whether of these."""
-
-    largest: int
-    normalised: bool
-    entropy: bool
-    drawn: bool
-
-
-@cache
-def what_is_read(names: tuple[str, ...]) -> Reading:
-    """The inputs that these features need."""
-    largest = 1 + max((place for name in names for place in FEATURES[name] if place < TOP), default=0)
-    return Reading(largest, bool(_NORMALISED.intersection(names)), "entropy" in names, "drawn" in names)
-
-
 @dataclass(slots=True)
 class Signals:
     """What a strategy may ask of one row at one layer. Where its numbers come from is a subclass's business."""
@@ -253,8 +233,7 @@ class Signals:
     @property
     def own_doubt(self) -> float:
         """`draft_doubt` of the token drawn."""
-        first, second = self.largest(2)[:2]
-        return draft_doubt(first - second, self.shortfall)
+        return draft_doubt(self.margin, self.shortfall)
 
     @property
     def probability(self) -> float:
@@ -266,31 +245,49 @@ class Signals:
         """Probability of the most probable token, at temperature 1."""
         return math.exp(self.log_p_max)
 
-    def inputs(self, names: tuple[str, ...]) -> np.ndarray:
-        """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
-        reads = what_is_read(names)
-        logits = self.largest(reads.largest)
-        first = logits[0]
-        best = self.log_p_max if reads.normalised else 0.0  # a shift that differences do not feel
-        top = [max(best + (logit - first), LOG_FLOOR) for logit in logits]
-        token, match = self.guess
-        position, depth = self.position, self.layer / self.n_layers
-        return np.array(
-            (
-                *top,
-                *_PADDING[len(top)],
-                self.entropy if reads.entropy else 0.0,
-                LOG_FLOOR if token < 0 else max(self.guess_logit - first, LOG_FLOOR),
-                *(self.trace, depth, match, 2.0 if position else 1.0, position / self.cap),
-                *(min(self.doubt, -LOG_FLOOR), warmth(self.temperature)),
-                self.shortfall if position and reads.drawn else 0.0,  # phase 1 decides before the draw
-            ),
-            np.float32,
-        )
+    @property
+    def margin(self) -> float:
+        """How far the second most probable token is below the best, nats."""
+        first, second = [*self.largest(2), -math.inf][:2]
+        return min(first - second, -LOG_FLOOR)
+
+    def feature(self, name: str) -> float:
+        """One feature. What it does not need is not computed."""
+        return _OF_SIGNALS[name](self)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
-        return self.inputs(tuple(names)) @ feature_matrix(names)
+        return np.array([self.feature(name) for name in names], np.float32)
+
+
+def _confidence(signals: Signals) -> float:
+    first, *others = signals.largest(CONFIDENCE_K)[:CONFIDENCE_K]
+    top = [signals.log_p_max, *(signals.log_p_max + (logit - first) for logit in others)]
+    missing = CONFIDENCE_K - len(top)  # of a smaller vocabulary
+    return -(sum(max(value, LOG_FLOOR) for value in top) + missing * LOG_FLOOR) / CONFIDENCE_K
+
+
+def _echo(signals: Signals) -> float:
+    if signals.guess[0] < 0:
+        return -LOG_FLOOR
+    return min(signals.largest(1)[0] - signals.guess_logit, -LOG_FLOOR)
+
+
+_OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
+    "confidence": _confidence,
+    "entropy": lambda signals: signals.entropy,
+    "trace": lambda signals: signals.trace,
+    "layer": lambda signals: signals.layer / signals.n_layers,
+    "margin": lambda signals: signals.margin,
+    "top1": lambda signals: -signals.log_p_max,
+    "match": lambda signals: signals.guess[1],
+    "echo": _echo,
+    "phase": lambda signals: float(signals.phase),
+    "position": lambda signals: signals.position / signals.cap,
+    "doubt": lambda signals: min(signals.doubt, -LOG_FLOOR),
+    "temperature": lambda signals: warmth(signals.temperature),
+    "drawn": lambda signals: signals.shortfall if signals.position else 0.0,  # phase 1 decides before the draw
+}
 
 
 @dataclass(slots=True)
