@@ -13,7 +13,7 @@ import torch
 from agents.task import BATCH, Task, linear_layers
 from lede_env.errors import LedeError
 from lede_env.oracles import ExitTable
-from lede_env.policies import EXIT, MLPPolicy, StaticPolicy, load_policy
+from lede_env.policies import EXIT, MLPPolicy, StaticPolicy, TrainedPolicy, load_policy
 
 
 class Fixed:
@@ -43,7 +43,7 @@ class Shipped:
     deterministic = True
     needs = ("layer",)
 
-    def train(self, task: Task) -> MLPPolicy:
+    def train(self, task: Task) -> TrainedPolicy:
         return load_policy("tiny")
 
 

@@ -16,7 +16,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, draft_doubt, no_lap
+from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, no_lap
 
 
 @dataclass
@@ -108,7 +108,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             if sampling.greedy:
                 row.round.drafts.append(signals.best if len(walking) == 1 else best[at])
         if leaving and not sampling.greedy:
-            _sample_drafts(logits[list(leaving)], list(leaving.values()), sampling)
+            own = logits if not staying else logits[list(leaving)]
+            _sample_drafts(own, list(leaving.values()), sampling)
         for row in leaving.values():
             left[row.index].token = row.round.drafts[-1]
             row.control.drew(left[row.index], row.round)
@@ -136,8 +137,7 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         row.round.limited = row.limit < row.control.cap
         return False
     if row.doubts:
-        first, second = signals.largest(2)[:2]
-        row.doubt += float(draft_doubt(first - second, signals.shortfall))
+        row.doubt += signals.own_doubt
     return row.control.keep_drafting(signals, row.round)
 
 

@@ -110,10 +110,12 @@ def draw(weights: Tensor, u: float) -> int:
 
 def draw_rows(weights: Tensor, uniforms: Sequence[float]) -> list[int]:
     """A token from each row of (N, V) non-negative weights by inverse transform of its own uniform number."""
-    total = weights.double().cumsum(-1)  # (N, V)
-    u = torch.tensor(uniforms, dtype=torch.float64, device=weights.device).unsqueeze(1)  # (N, 1)
+    totals = weights.cumsum(-1, dtype=torch.float64).cpu().numpy()  # numpy searches a row in a fraction of torch's time
     # The first index whose cumulative weight exceeds u * sum, for a u below 1: never a token of weight zero.
-    return torch.searchsorted(total, total[:, -1:] * u.clamp_max(_BELOW_ONE), right=True).squeeze(1).tolist()
+    return [
+        int(total.searchsorted(total[-1] * min(u, _BELOW_ONE), side="right"))
+        for total, u in zip(totals, uniforms, strict=True)
+    ]
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:

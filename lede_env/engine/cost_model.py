@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from lede_env.arguments import clear_errors
+from lede_env.engine.lookup import NO_GUESS
 from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.errors import LedeError
 
@@ -34,7 +35,7 @@ class CostModel:
     n_layers: int
     layer: tuple[float, ...]  # one layer
     head: tuple[float, ...]  # final norm, LM head and the most probable token
-    decision: float  # signals of one row, features and policy network
+    decision: float  # what it adds to a draft: signals, features and the policy's answer
     context: int  # positions in the cache while measuring
     software: str
 
@@ -136,7 +137,7 @@ def measure(
         seconds = _medians(pieces, repeats)
     if on_gpu:  # segments of several rows are padded to the widest; the read-out takes the place of the argmax
         seconds |= {f"{what} {w}": seconds[f"{what} {widths[-1]}"] for w in widths[1:-1] for what in ("layer", "head")}
-        seconds["decision"] = max(0.0, seconds["decision"] - seconds["head 1"])
+        seconds["draft"] = seconds["head 1"]
     return CostModel(
         name=f"{lm.name}-{lm.device.type}",
         model=lm.name,
@@ -146,7 +147,7 @@ def measure(
         n_layers=lm.n_layers,
         layer=(0.0, *(seconds[f"layer {width}"] / lm.n_layers for width in widths)),
         head=(0.0, *(seconds[f"head {width}"] for width in widths)),
-        decision=seconds["decision"],
+        decision=max(0.0, seconds["draft and decision"] - seconds["draft"]),
         context=context,
         software=f"torch {torch.__version__}",
     )
@@ -157,8 +158,8 @@ def _best(lm, x) -> object:
     return lm.logits(x).argmax(-1)
 
 
-def _decision(lm) -> Callable[[], object]:
-    """One decision as the decoder makes it: a row of logits to signals, features, and the policy's answer.
+def _draft_pieces(lm) -> dict[str, Callable[[], object]]:
+    """Drawing a draft from a row of logits as the decoder does; and that with the policy's answer about it.
 
     The policy is the one that ships with the model, else a network of two layers of 64 on the extended features.
     """
@@ -172,18 +173,19 @@ def _decision(lm) -> Callable[[], object]:
     logits = torch.randn(lm.geometry.vocab, device=lm.device)
     lookup = Lookup([token % 50 for token in range(256)])
 
-    def decide():
-        signals = LogitSignals(1, lm.n_layers, 0, DRAFT_CAP, 0.0, lookup.guess(), logits=logits)
-        return policy.advantage(signals.inputs(policy.features)) > 0.0
+    def draft(guess: tuple[int, float] = NO_GUESS) -> LogitSignals:
+        signals = LogitSignals(1, lm.n_layers, 3, DRAFT_CAP, 0.0, guess, logits=logits)
+        signals.token = signals.best
+        return signals
 
-    return decide
+    return {"draft": draft, "draft and decision": lambda: policy.exits(draft(lookup.guess()))}
 
 
 def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
-    """All layers and the head by width, and a decision."""
+    """All layers and the head by width, and a draft with and without a decision."""
     import torch
 
-    pieces: dict[str, Callable[[], object]] = {"decision": _decision(lm)}
+    pieces = _draft_pieces(lm)
     for width in range(1, DRAFT_CAP + 2):
         x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
         span = session.cache.span([0], [context], width)
@@ -195,8 +197,8 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
 def _graph_pieces(session) -> dict[str, Callable[[], object]]:
     """The same from the engine's graphs, one row and the widest, each waited for.
 
-    "decision" is a whole exit check: head, signals and draw. The policy decides on the host while the next draft's
-    layers run (`lede_env.decoding.pipelined`), so its time is not the round's.
+    The "draft and decision" is a whole exit check: head, signals and draw. The policy decides on the host while the
+    next draft's layers run (`lede_env.decoding.pipelined`), so its time is not the round's.
     """
     import torch
 
@@ -211,7 +213,7 @@ def _graph_pieces(session) -> dict[str, Callable[[], object]]:
 
     greedy = Sampling()
     session.fill(slot=0)
-    pieces = {"decision": waited(session.graph(("read", greedy), partial(session._read_out, greedy)).replay)}
+    pieces = {"draft and decision": waited(session.graph(("read", greedy), partial(session._read_out, greedy)).replay)}
     for width in (1, session.width):
         layers = session.graph(*session._segment(0, session.lm.n_layers, width))
         verdict = session.graph(("verify", width, greedy, False), partial(session._verify, width, greedy, False))

@@ -11,8 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +42,6 @@ FEATURES: dict[str, dict[int, float]] = {
     "echo": {TOP + 1: -1.0},
     **{name: {place: 1.0} for place, name in enumerate(CONTEXT, RAW)},
 }
-_NORMALISED = {"confidence", "entropy", "top1"}  # features that differences of logits do not give
 LOOKUP_FEATURES = {"match", "echo"}
 
 
@@ -139,12 +136,12 @@ def compute_features(
     return np.einsum("...i,if->...f", inputs, feature_matrix(names)).astype(np.float32)
 
 
-def draft_doubt(margin: Any, shortfall: Any) -> Any:
+def draft_doubt(margin: float, shortfall: float) -> float:
     """How doubtful a draft is, nats: -log p of it, were there only the two best tokens. Takes no softmax.
 
     margin: how far the second token is below the best; shortfall: how far the drawn one is.
     """
-    return np.log1p(np.exp(-margin)) + shortfall
+    return math.log1p(math.exp(-margin)) + shortfall
 
 
 def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -183,12 +180,6 @@ def trace_feature(neg_log_p_max: np.ndarray) -> np.ndarray:
     here = np.arange(len(neg_log_p_max))
     begin = np.maximum(here - TRACE_WINDOW, 0)
     return ((total[here] - total[begin]) / np.maximum(here - begin, 1)).astype(np.float32)
-
-
-@cache
-def logits_read(names: tuple[str, ...]) -> int:
-    """How many of the largest logits these features are made of."""
-    return 1 + max((place for name in names for place in FEATURES[name] if place < TOP), default=0)
 
 
 @dataclass(slots=True)
@@ -240,6 +231,11 @@ class Signals:
         return min(self.largest(1)[0] - self.token_logit, -LOG_FLOOR)
 
     @property
+    def own_doubt(self) -> float:
+        """`draft_doubt` of the token drawn."""
+        return draft_doubt(self.margin, self.shortfall)
+
+    @property
     def probability(self) -> float:
         """Probability of the token drawn, at temperature 1."""
         return math.exp(self.log_p_max - self.shortfall)
@@ -249,22 +245,49 @@ class Signals:
         """Probability of the most probable token, at temperature 1."""
         return math.exp(self.log_p_max)
 
-    def inputs(self, names: Sequence[str]) -> np.ndarray:
-        """(INPUTS,) float32: what `feature_matrix(names)` takes. What none of the names needs may be 0."""
-        logits = self.largest(logits_read(tuple(names)))
-        best = self.log_p_max if _NORMALISED.intersection(names) else 0.0  # a shift that differences do not feel
-        top = [max(best + (logit - logits[0]), LOG_FLOOR) for logit in logits] + [LOG_FLOOR] * (TOP - len(logits))
-        spread = self.entropy if "entropy" in names else 0.0
-        token, match = self.guess
-        far = LOG_FLOOR if token < 0 else max(self.guess_logit - logits[0], LOG_FLOOR)
-        context = (self.trace, self.layer / self.n_layers, match, self.phase, self.position / self.cap)
-        of_round = (min(self.doubt, -LOG_FLOOR), warmth(self.temperature))
-        drawn = self.shortfall if self.position and "drawn" in names else 0.0  # phase 1 decides before the draw
-        return np.array((*top, spread, far, *context, *of_round, drawn), np.float32)
+    @property
+    def margin(self) -> float:
+        """How far the second most probable token is below the best, nats."""
+        first, second = [*self.largest(2), -math.inf][:2]
+        return min(first - second, -LOG_FLOOR)
+
+    def feature(self, name: str) -> float:
+        """One feature. What it does not need is not computed."""
+        return _OF_SIGNALS[name](self)
 
     def features(self, names: Sequence[str]) -> np.ndarray:
         """(len(names),) float32."""
-        return self.inputs(names) @ feature_matrix(names)
+        return np.array([self.feature(name) for name in names], np.float32)
+
+
+def _confidence(signals: Signals) -> float:
+    first, *others = signals.largest(CONFIDENCE_K)[:CONFIDENCE_K]
+    top = [signals.log_p_max, *(signals.log_p_max + (logit - first) for logit in others)]
+    missing = CONFIDENCE_K - len(top)  # of a smaller vocabulary
+    return -(sum(max(value, LOG_FLOOR) for value in top) + missing * LOG_FLOOR) / CONFIDENCE_K
+
+
+def _echo(signals: Signals) -> float:
+    if signals.guess[0] < 0:
+        return -LOG_FLOOR
+    return min(signals.largest(1)[0] - signals.guess_logit, -LOG_FLOOR)
+
+
+_OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
+    "confidence": _confidence,
+    "entropy": lambda signals: signals.entropy,
+    "trace": lambda signals: signals.trace,
+    "layer": lambda signals: signals.layer / signals.n_layers,
+    "margin": lambda signals: signals.margin,
+    "top1": lambda signals: -signals.log_p_max,
+    "match": lambda signals: signals.guess[1],
+    "echo": _echo,
+    "phase": lambda signals: float(signals.phase),
+    "position": lambda signals: signals.position / signals.cap,
+    "doubt": lambda signals: min(signals.doubt, -LOG_FLOOR),
+    "temperature": lambda signals: warmth(signals.temperature),
+    "drawn": lambda signals: signals.shortfall if signals.position else 0.0,  # phase 1 decides before the draw
+}
 
 
 @dataclass(slots=True)
@@ -276,6 +299,7 @@ class LogitSignals(Signals):
     _log_p: Tensor | None = None
     _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
     _best: int = -1
+    _two: list[float] | None = None
 
     @property
     def log_p(self) -> Tensor:
@@ -294,12 +318,17 @@ class LogitSignals(Signals):
         return self._numbers
 
     def largest(self, count: int) -> list[float]:
-        numbers, best = self.numbers, self.best
-        if count <= 2:
-            others = (numbers[:best].max(initial=-np.inf), numbers[best + 1 :].max(initial=-np.inf))
-            return [float(numbers[best]), float(max(others))][: len(numbers)]
-        count = min(count, len(numbers))
-        return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
+        numbers = self.numbers
+        if count > 2:
+            count = min(count, len(numbers))
+            return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
+        if self._two is None:
+            best = self.best
+            first = numbers[best]
+            numbers[best] = -np.inf  # for a moment: the second is the largest of the others
+            self._two = [float(first), float(numbers[numbers.argmax()])][: len(numbers)]
+            numbers[best] = first
+        return self._two
 
     @property
     def best(self) -> int:

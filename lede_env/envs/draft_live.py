@@ -221,7 +221,7 @@ class DraftLiveBackend:
         shortfall = min(best - own, -LOG_FLOOR)
         if lane.round.drafts and "drawn" in self.features:  # in phase 2, where the decision comes after the draw
             self.signals[self._node(row), self.features.index("drawn")] = shortfall
-        lane.kept, lane.doubt = True, lane.doubt + float(draft_doubt(lane.margin, shortfall))
+        lane.kept, lane.doubt = True, lane.doubt + draft_doubt(lane.margin, shortfall)
         lane.round.drafts.append(token)
         lane.round.exits.append(self.candidate_layers[lane.candidate])
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features, draft_doubt
+from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features
 from lede_env.envs.trace_backend import TraceBackend
 from lede_env.errors import LedeError
 
@@ -135,7 +135,7 @@ class DraftTraceBackend(TraceBackend):
         """(cells * cap,) the `doubt` feature of draft k of a round, at cell * cap + k - 1: of its drafts before k."""
         trace, cells = self.trace, self.trace.accepted.size
         raw = np.concatenate([trace.raw.reshape(cells, -1)[:, :2], trace.branch_raw[:, :2]])  # (nodes, 2)
-        own = draft_doubt(raw[:, 0] - raw[:, 1], self._shortfall)
+        own = np.log1p(np.exp(raw[:, 1] - raw[:, 0])) + self._shortfall  # `draft_doubt`
         sums, node = np.zeros((cells, self.cap), np.float32), np.arange(cells)
         for k in range(1, self.cap):
             sums[:, k] = sums[:, k - 1] + own[node]

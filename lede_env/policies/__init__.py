@@ -17,6 +17,8 @@ from lede_env.policies.rules import (
     StaticRounds,
     ThresholdPolicy,
 )
+from lede_env.policies.trained import TrainedPolicy
+from lede_env.policies.tree import TreePolicy
 
 __all__ = [
     "CONTINUE",
@@ -30,6 +32,8 @@ __all__ = [
     "StaticPolicy",
     "StaticRounds",
     "ThresholdPolicy",
+    "TrainedPolicy",
+    "TreePolicy",
     "check_compatible",
     "load_policy",
     "parse_policy",
@@ -60,7 +64,7 @@ def check_compatible(
             f"the policy exits at layer {policy.layer}, but the candidate layers here are "
             f"{tuple(candidate_layers)}; choose one of these"
         )
-    if not isinstance(policy, MLPPolicy):
+    if not isinstance(policy, TrainedPolicy):
         return
     if policy.model_fingerprint != fingerprint:
         raise LedeError(

@@ -1,11 +1,13 @@
-"""Reading the policy file, which `MLPPolicy.save` writes: a folder with ``policy.json`` and ``policy.safetensors``.
+"""Reading the policy file, which `TrainedPolicy.save` writes: a folder with ``policy.json`` and ``policy.safetensors``.
 
-The JSON says which kind of policy it is, what it observes and which model it was trained for. The tensors are float32:
+The JSON says which kind of policy it is, what it observes and which model it was trained for. The tensors, float32 but
+for a tree's structure:
 
 | kind | class | tensors |
 |---|---|---|
 | ``mlp`` | `MLPPolicy` | ``layers.<i>.weight`` (out, in), ``layers.<i>.bias`` (out,) |
 | ``masked_mlp`` | `MaskedMLPPolicy` | those, and ``imitator.<i>.weight``, ``imitator.<i>.bias`` |
+| ``tree`` | `TreePolicy` | ``tree.feature``, ``.threshold``, ``.left``, ``.right``, ``.advantage``, (nodes,) each |
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ from typing import Any
 import numpy as np
 
 from lede_env.errors import LedeError
-from lede_env.policies.networks import FORMAT_VERSION, MaskedMLPPolicy, MLPPolicy
+from lede_env.policies.networks import MaskedMLPPolicy, MLPPolicy
+from lede_env.policies.trained import FORMAT_VERSION, TrainedPolicy
+from lede_env.policies.tree import TreePolicy
 
+TREE_ARRAYS = ("feature", "threshold", "left", "right", "advantage")
 _TINY = Path(__file__).parents[1] / "models" / "tiny"
 # The embedded model's, for the CPU; and the one for its 7B geometry twin on an H200, where a decision costs nothing.
 SHIPPED = {"tiny": _TINY / "policy", "tiny-h200": _TINY / "policy_h200"}
 # What this version can run; state_reset belongs to recurrent kinds.
 _SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
-    "kind": [MLPPolicy.kind, MaskedMLPPolicy.kind],
-    "activation": ["relu"],
+    "kind": [MLPPolicy.kind, MaskedMLPPolicy.kind, TreePolicy.kind],
+    "activation": ["relu", None],
     "state_reset": ["none"],
 }
 
 
-def load_policy(path: str | Path) -> MLPPolicy:
+def load_policy(path: str | Path) -> TrainedPolicy:
     """Load a policy: its folder, its ``.safetensors`` file, or the name of a shipped one (``"tiny"``).
 
     Raises `LedeError` if a file is missing or damaged, or if this version cannot run the policy.
@@ -67,19 +72,23 @@ def load_policy(path: str | Path) -> MLPPolicy:
         raise LedeError(f"{card_file} is malformed ({error!r}); export the policy again") from error
 
 
-def _build(card: Mapping[str, Any], tensor_file: Path) -> MLPPolicy:
+def _build(card: Mapping[str, Any], tensor_file: Path) -> TrainedPolicy:
     """The policy of a checked policy.json."""
-    networks = {"layers": [len(card["features"]), *card["hidden_sizes"], 2]}
-    if card["kind"] == MaskedMLPPolicy.kind:
-        networks["imitator"] = [len(card["features"]), *card["imitator_hidden_sizes"], 2]
-    arrays = _read_networks(tensor_file, networks)
     shared: dict[str, Any] = dict(
-        mean=np.array(card["normaliser"]["mean"], np.float32),
-        std=np.array(card["normaliser"]["std"], np.float32),
         features=tuple(card["features"]),
         candidate_layers=tuple(card["candidate_layers"]),
         **{name: card[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name", "training")},
     )
+    if card["kind"] == TreePolicy.kind:
+        shapes: dict[str, tuple[int, ...]] = {f"tree.{name}": (card["nodes"],) for name in TREE_ARRAYS}
+        tensors = _read_tensors(tensor_file, shapes)
+        shared |= {name: tensors[f"tree.{name}"] for name in TREE_ARRAYS}
+        return TreePolicy(**shared)
+    networks = {"layers": [len(card["features"]), *card["hidden_sizes"], 2]}
+    if card["kind"] == MaskedMLPPolicy.kind:
+        networks["imitator"] = [len(card["features"]), *card["imitator_hidden_sizes"], 2]
+    shared |= {name: np.array(card["normaliser"][name], np.float32) for name in ("mean", "std")}
+    arrays = _read_networks(tensor_file, networks)
     weights, biases = arrays["layers"]
     if "imitator" not in arrays:
         return MLPPolicy(weights=weights, biases=biases, **shared)
@@ -107,6 +116,22 @@ def _read_card(file: Path) -> dict[str, Any]:
 
 def _read_networks(file: Path, networks: Mapping[str, Sequence[int]]) -> dict[str, tuple[tuple[np.ndarray, ...], ...]]:
     """Weights and biases of networks with these names and layer sizes, as policy.json announces them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for network, sizes in networks.items():
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+            shapes |= {f"{network}.{i}.weight": (outputs, inputs), f"{network}.{i}.bias": (outputs,)}
+    tensors = _read_tensors(file, shapes)
+    return {
+        network: tuple(
+            tuple(tensors[f"{network}.{i}.{part}"].astype(np.float32) for i in range(len(sizes) - 1))
+            for part in ("weight", "bias")
+        )
+        for network, sizes in networks.items()
+    }
+
+
+def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The tensors of a file, which are to be these."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -116,20 +141,10 @@ def _read_networks(file: Path, networks: Mapping[str, Sequence[int]]) -> dict[st
         raise LedeError(
             f"{file} is not a readable safetensors file ({error}), perhaps cut short; copy or export it again"
         ) from error
-    expected: dict[str, tuple[int, ...]] = {}
-    for network, sizes in networks.items():
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            expected |= {f"{network}.{i}.weight": (outputs, inputs), f"{network}.{i}.bias": (outputs,)}
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != expected:
+    if found != shapes:
         raise LedeError(
-            f"{file} holds {found}, but its policy.json announces {expected}; "
+            f"{file} holds {found}, but its policy.json announces {shapes}; "
             "the two files belong to different policies, copy or export both again"
         )
-    return {
-        network: tuple(
-            tuple(tensors[f"{network}.{i}.{part}"].astype(np.float32) for i in range(len(sizes) - 1))
-            for part in ("weight", "bias")
-        )
-        for network, sizes in networks.items()
-    }
+    return tensors

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lede_env.errors import LedeError
-from lede_env.models.zoo import twin_layer
 from lede_env.policies.rules import CONTINUE, EXIT
+from lede_env.policies.trained import TrainedPolicy
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from lede_env.engine.signals import Signals
 
 
 @dataclass(frozen=True, eq=False)
-class MLPPolicy:
+class MLPPolicy(TrainedPolicy):
     """Greedy on the Q-values of a small ReLU network (paper section 3.2), run in numpy.
 
     weights: one (outputs, inputs) float32 array a layer, biases: (outputs,); the last layer gives
         Q(continue), Q(exit).
     mean, std: (F,) the observation normaliser; the network sees ``(observation - mean) / std``.
-    features, mdp ("exit" | "draft"), candidate_layers, n_layers, model_fingerprint, model_name: what it was
-        trained on. training: anything worth keeping about how, JSON values only.
     """
 
     weights: tuple[np.ndarray, ...]
@@ -52,8 +49,7 @@ class MLPPolicy:
             raise LedeError(f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs")
         if self.mean.shape != (sizes[0],) or self.std.shape != (sizes[0],) or not (self.std > 0).all():
             raise LedeError(f"MLPPolicy needs a mean and a positive std for each of {self.features}")
-        if self.mdp not in ("exit", "draft"):
-            raise LedeError(f"MLPPolicy mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
+        self.check_mdp()
         if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases, self.mean, self.std)):
             raise LedeError("MLPPolicy has a weight or a normaliser that is not finite; its training diverged")
 
@@ -92,44 +88,29 @@ class MLPPolicy:
         return x @ matrix + bias
 
     @cached_property
-    def _on_inputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `_layers`, (outputs, inputs) matrices, from raw inputs to Q(exit) - Q(continue)."""
-        from lede_env.engine.signals import feature_matrix
+    def _short(self) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, float]:
+        """As `_layers`, to Q(exit) - Q(continue) of one observation: (outputs, inputs) matrices and biases of the
+        hidden layers, then the vector and the number of the last."""
+        *hidden, (last, bias) = self._layers
+        turned = [(np.ascontiguousarray(matrix.T), inner_bias) for matrix, inner_bias in hidden]
+        return turned, last[:, EXIT] - last[:, CONTINUE], float(bias[EXIT] - bias[CONTINUE])
 
-        (first, bias), *others = self._layers
-        layers = [(feature_matrix(self.features) @ first, bias), *others]
-        last, last_bias = layers.pop()
-        layers.append((last[:, EXIT:] - last[:, :EXIT], last_bias[EXIT:] - last_bias[:EXIT]))
-        return [(np.ascontiguousarray(matrix.T), bias) for matrix, bias in layers]
-
-    def advantage(self, inputs: np.ndarray) -> float:
-        """Q(exit) - Q(continue) from the (INPUTS,) `Signals.inputs` of one decision: the decoder's short way."""
-        *hidden, (last, last_bias) = self._on_inputs
-        x = inputs
+    def advantage(self, observation: np.ndarray) -> float:
+        """Q(exit) - Q(continue) of one (F,) observation."""
+        hidden, last, last_bias = self._short
+        x = observation
         for matrix, bias in hidden:
             x = matrix.dot(x)
             x += bias
             np.maximum(x, 0.0, out=x)
-        return float(last.dot(x)[0] + last_bias[0])
+        return float(last.dot(x)) + last_bias
+
+    def exits(self, signals: Signals) -> bool:
+        return self.advantage(signals.features(self.features)) > 0.0
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         q = self.q_values(observations)
         return (q[:, EXIT] > q[:, CONTINUE]).astype(np.float64)
-
-    def relabelled(self, n_layers: int) -> MLPPolicy:
-        """This policy on a geometry twin of its model, `n_layers` deep: its candidates are where their layers lie."""
-        layers = tuple(twin_layer(layer, self.n_layers, n_layers) for layer in self.candidate_layers)
-        return replace(self, n_layers=n_layers, candidate_layers=layers)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write policy.json and policy.safetensors into `folder`, made if missing; returns the folder."""
-        from safetensors.numpy import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors(), folder / "policy.safetensors")
-        (folder / "policy.json").write_text(json.dumps(self.card(), indent=2) + "\n")
-        return folder
 
     def tensors(self, name: str = "layers") -> dict[str, np.ndarray]:
         """What policy.safetensors holds: ``<name>.<i>.weight`` (outputs, inputs) and ``<name>.<i>.bias`` (outputs,)."""
@@ -142,20 +123,10 @@ class MLPPolicy:
 
     def card(self) -> dict[str, Any]:
         """What policy.json holds."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "mdp": self.mdp,
-            "features": list(self.features),
+        return super().card() | {
             "hidden_sizes": [len(bias) for bias in self.biases[:-1]],
             "activation": "relu",
             "normaliser": {"mean": self.mean.tolist(), "std": self.std.tolist()},
-            "state_reset": "none",
-            "candidate_layers": list(self.candidate_layers),
-            "n_layers": self.n_layers,
-            "model_fingerprint": self.model_fingerprint,
-            "model_name": self.model_name,
-            "training": self.training,
         }
 
 
@@ -187,11 +158,11 @@ class MaskedMLPPolicy(MLPPolicy):
         wanted = super().exit_probability(observations)
         return np.where(preference <= edge, 0.0, np.where(-preference <= edge, 1.0, wanted))
 
-    def advantage(self, inputs: np.ndarray) -> float:
-        preference, edge = self.imitator.advantage(inputs), math.log(self.flexibility)
+    def advantage(self, observation: np.ndarray) -> float:
+        preference, edge = self.imitator.advantage(observation), math.log(self.flexibility)
         if preference <= edge:
             return -math.inf
-        return math.inf if -preference <= edge else super().advantage(inputs)
+        return math.inf if -preference <= edge else super().advantage(observation)
 
     def tensors(self, name: str = "layers") -> dict[str, np.ndarray]:
         return super().tensors(name) | self.imitator.tensors("imitator")

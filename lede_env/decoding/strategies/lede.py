@@ -12,7 +12,7 @@ from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
 from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.errors import LedeError
-from lede_env.policies import ExitPolicy, MLPPolicy, check_compatible, load_policy
+from lede_env.policies import ExitPolicy, TrainedPolicy, check_compatible, load_policy
 
 
 class _DualControl(Control):
@@ -30,8 +30,8 @@ class _DualControl(Control):
 
     def _exit(self, signals, round_) -> bool:
         round_.decisions += 1
-        if isinstance(self.policy, MLPPolicy):
-            return self.policy.advantage(signals.inputs(self.policy.features)) > 0.0
+        if isinstance(self.policy, TrainedPolicy):
+            return self.policy.exits(signals)
         observation = signals.features(self.policy.features)[None]  # (1, F)
         answer = np.asarray(self.policy.exit_probability(observation))
         if answer.shape != (1,) or not 0.0 <= answer[0] <= 1.0:
@@ -91,13 +91,13 @@ class Lede(Strategy):
             if lm.weights not in ("embedded", "twin"):
                 raise LedeError(f"no policy ships with model {lm.name!r}; train one and pass Lede(load_policy(PATH))")
             policy = load_policy("tiny")
-        if isinstance(policy, MLPPolicy) and policy.n_layers == lm.donor_layers:
+        if isinstance(policy, TrainedPolicy) and policy.n_layers == lm.donor_layers:
             policy = policy.relabelled(lm.n_layers)
         made_for = getattr(policy, "n_layers", lm.n_layers)  # of those that read the layer number off a share of L
         if made_for != lm.n_layers:
             raise LedeError(f"the policy was made for {made_for} layers, but {lm.name} has {lm.n_layers}")
         # A trained policy brings the candidates it was trained with.
-        candidates = policy.candidate_layers if isinstance(policy, MLPPolicy) else lm.candidate_layers
+        candidates = policy.candidate_layers if isinstance(policy, TrainedPolicy) else lm.candidate_layers
         check_compatible(policy, lm.fingerprint, candidates, DRAFT_FEATURES, "draft")
         layers = candidates if self.exit_layer is None else (self.exit_layer,)
         for layer in layers:
