@@ -185,8 +185,11 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
     """All layers and the head by width, and a draft with and without a decision."""
     import torch
 
-    pieces = _draft_pieces(lm)
+    pieces: dict[str, Callable[[], object]] = {}
+    drafting = iter(_draft_pieces(lm).items())
     for width in range(1, DRAFT_CAP + 2):
+        if width in (2, DRAFT_CAP):  # far apart, with all weights read in between: a decoder finds its caches cold too
+            pieces |= [next(drafting)]
         x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
         span = session.cache.span([0], [context], width)
         pieces[f"layer {width}"] = partial(lm.run, x, session.cache, span, 0, lm.n_layers)
