@@ -118,7 +118,7 @@ def measure(
     """Time a layer, a head and a decision on this machine: medians, warmed, synchronised.
 
     The pieces take turns, repeat by repeat, so that a busy moment hits all alike. On CUDA they are the engine's own
-    graphs.
+    graphs, by the device's clock.
     """
     import torch
 
@@ -134,7 +134,7 @@ def measure(
     with torch.inference_mode(), lm.session(1, context + len(widths), len(widths)) as session:
         session.prefill(0, [token % lm.geometry.vocab for token in range(context)])
         pieces = _graph_pieces(session) if on_gpu else _pieces(lm, session, context)
-        seconds = _medians(pieces, repeats)
+        seconds = _medians(pieces, repeats, _on_device if on_gpu else _on_host)
     if on_gpu:  # segments of several rows are padded to the widest; the read-out takes the place of the argmax
         seconds |= {f"{what} {w}": seconds[f"{what} {widths[-1]}"] for w in widths[1:-1] for what in ("layer", "head")}
         seconds["draft"] = seconds["head 1"]
@@ -198,42 +198,55 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
 
 
 def _graph_pieces(session) -> dict[str, Callable[[], object]]:
-    """The same from the engine's graphs, one row and the widest, each waited for.
+    """The same from the engine's graphs, one row and the widest.
 
     The "draft and decision" is a whole exit check: head, signals and draw. The policy decides on the host while the
     next draft's layers run (`lede_env.decoding.pipelined`), so its time is not the round's.
     """
-    import torch
-
     from lede_env.engine.acceptance import Sampling
-
-    def waited(call: Callable[[], None]) -> Callable[[], object]:
-        def run():
-            call()
-            torch.cuda.synchronize()
-
-        return run
 
     greedy = Sampling()
     session.fill(slot=0)
-    pieces = {"draft and decision": waited(session.graph(("read", greedy), partial(session._read_out, greedy)).replay)}
+    pieces: dict[str, Callable[[], object]] = {
+        "draft and decision": session.graph(("read", greedy), partial(session._read_out, greedy)).replay
+    }
     for width in (1, session.width):
         layers = session.graph(*session._segment(0, session.lm.n_layers, width))
         verdict = session.graph(("verify", width, greedy, False), partial(session._verify, width, greedy, False))
-        pieces |= {f"layer {width}": waited(layers.replay), f"head {width}": waited(verdict.replay)}
+        pieces |= {f"layer {width}": layers.replay, f"head {width}": verdict.replay}
     return pieces
 
 
-def _medians(pieces: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def _medians(
+    pieces: dict[str, Callable[[], object]], repeats: int, timed: Callable[[Callable[[], object]], float]
+) -> dict[str, float]:
     """Median seconds of each piece, after five rounds of warming up."""
     samples: dict[str, list[float]] = {name: [] for name in pieces}
     for repeat in range(repeats + 5):
         for name, call in pieces.items():
-            begin = time.perf_counter()
-            call()
+            seconds = timed(call)
             if repeat >= 5:
-                samples[name].append(time.perf_counter() - begin)
+                samples[name].append(seconds)
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _on_host(call: Callable[[], object]) -> float:
+    """Seconds of a call by the clock."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _on_device(call: Callable[[], object]) -> float:
+    """Seconds of a call's work by the device's own clock: decoding waits for no launch, it launches ahead."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _cpu(threads: int) -> str:
