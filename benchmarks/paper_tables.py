@@ -171,7 +171,7 @@ def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str
         **settings,
         "hardware": machine(lm.device.type)["hardware"],
         "model_fingerprint": lm.fingerprint,
-        "policy_digest": digest([*policy.weights, *policy.biases]) if policy else None,
+        "policy_digest": digest(policy.tensors()) if policy else None,
     }
 
 
