@@ -22,7 +22,7 @@ from lede_env.data.dataset import Dataset
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
 from lede_env.offline.loading import load_dataset
-from lede_env.policies import MLPPolicy
+from lede_env.policies import TrainedPolicy
 from lede_env.registration import ENVIRONMENTS
 
 
@@ -84,12 +84,12 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     board.close()
     result = {"run": asdict(run), "seconds": seconds}
     # An agent of the draft MDP has no score on the exit MDP.
-    if getattr(policy, "mdp", "exit") == dataset.attributes["mdp"] or not isinstance(policy, MLPPolicy):
+    if getattr(policy, "mdp", "exit") == dataset.attributes["mdp"] or not isinstance(policy, TrainedPolicy):
         for split in ("validation", "test"):
             result[split] = summary(judge(policy, env_id, split, env_kwargs))
     if not hasattr(policy, "decisions"):
         result["modelled_speedup"] = judge(policy, *draft_problem(env_id, env_kwargs)).modelled_speedup
-    if isinstance(policy, MLPPolicy):
+    if isinstance(policy, TrainedPolicy):
         policy.save(folder / "policy")
     temporary = folder / "result.json.part"
     temporary.write_text(json.dumps(result, indent=1) + "\n")
