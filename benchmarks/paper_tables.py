@@ -45,7 +45,7 @@ from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model, measure
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
-from lede_env.policies import MLPPolicy, load_policy
+from lede_env.policies import TrainedPolicy, load_policy
 from lede_env.tasks import HUB_TASKS, TASKS, Prompt, load_prompts
 
 NAMES = {"lede": LEDE}  # registered name -> name in the tables, where it is not the class's
@@ -145,7 +145,7 @@ def choose_prompts(args: Args, source: str) -> tuple[list[Prompt], list[Prompt]]
     return chosen[0], chosen[1]
 
 
-def lede_policy(args: Args, lm: LayeredLM) -> MLPPolicy | None:
+def lede_policy(args: Args, lm: LayeredLM) -> TrainedPolicy | None:
     """LEDE's policy, checked against the model now rather than after hours; None where LEDE is not asked for."""
     if "lede" not in args.methods:
         return None
@@ -164,7 +164,7 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
     return {MACHINE: measured, **named}
 
 
-def settings_of(args: Args, lm: LayeredLM, policy: MLPPolicy | None) -> dict[str, Any]:
+def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None) -> dict[str, Any]:
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
     return {

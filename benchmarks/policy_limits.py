@@ -29,7 +29,7 @@ from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.evaluation import best_static, static_result
 from lede_env.oracles import DraftTable, Totals, tabulate
-from lede_env.policies import ExitPolicy, MLPPolicy, load_policy
+from lede_env.policies import ExitPolicy, TrainedPolicy, load_policy
 from lede_env.registration import pinned
 
 ENV_IDS = ("LEDE-Tiny-Draft-v0", "LEDE-Llama2-7B-Twin-Draft-v0")
@@ -59,7 +59,7 @@ def main(args: Args) -> None:
     write_results(args.out or RESULTS / "cpu", "policy_limits", rows, about)
 
 
-def compare(args: Args, env_id: str, temperature: float, policies: dict[str, MLPPolicy]) -> list[dict[str, Any]]:
+def compare(args: Args, env_id: str, temperature: float, policies: dict[str, TrainedPolicy]) -> list[dict[str, Any]]:
     """The rows of one environment and temperature."""
     settings: dict[str, Any] = dict(backend="trace", temperature=temperature, reward="throughput")
     env: Any = gym.make(env_id, split=args.split, features="extended", **settings).unwrapped

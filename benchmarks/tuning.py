@@ -31,7 +31,7 @@ from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 from lede_env.evaluation import static_result
 from lede_env.models.zoo import twin_layer
-from lede_env.policies import MLPPolicy
+from lede_env.policies import TrainedPolicy
 from lede_env.tasks import Prompt, fit_prompt
 
 MACHINE = "this machine"  # the cost model measured here, and the wall-clock
@@ -42,7 +42,7 @@ class Bench:
     """What every method of a run decodes with, and the costs it is judged by."""
 
     lm: LayeredLM
-    policy: MLPPolicy | None  # of LEDE; None: none ships with the model
+    policy: TrainedPolicy | None  # of LEDE; None: none ships with the model
     max_new_tokens: int
     temperature: float
     seed: int

@@ -15,7 +15,8 @@ from lede_env.engine.acceptance import Sampling
 from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.envs.draft_env import SpeculativeDraftEnv
 from lede_env.models.loading import load_model
-from lede_env.policies import EXIT, MLPPolicy, StaticRounds
+from lede_env.policies import MLPPolicy, StaticRounds
+from lede_env.policies.tree import LEAF
 from lede_env.tasks import load_prompts
 from lede_env.tracing import record_trace
 
@@ -107,19 +108,20 @@ def test_advantages_are_what_changing_one_decision_brings(traces):
 
 
 def test_training_improves_and_reproduces(traces):
-    args = Args(traces=tuple(map(str, traces)), iterations=3, updates=60, batch_size=256, hidden=(16,))
+    args = Args(traces=tuple(map(str, traces)), iterations=3, leaves=16, leaf_rows=20)
     policy, history = train(args)
     again, repeated = train(args)
-    assert history == repeated and all((a == b).all() for a, b in zip(policy.weights, again.weights, strict=True))
+    ours, theirs = policy.tensors(), again.tensors()
+    assert history == repeated and all((ours[name] == theirs[name]).all() for name in ours)
     assert policy.mdp == "draft" and policy.candidate_layers == LAYERS and policy.features == args.features
-    assert EXIT == 1 and not policy.weights[-1][0].any()  # Q(continue) is 0 by definition
+    assert (policy.feature == LEAF).sum() <= 16
     start = problem_of(traces[0]).judge(StaticRounds(LAYERS[0], START, 16, 12)).modelled_speedup
     assert max(row["train 0.0"] for row in history) > start
 
 
 def test_a_run_leaves_history_curves_and_the_policy(traces, tmp_path):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    main(Args(traces=(str(traces[0]),), iterations=2, updates=5, batch_size=32, hidden=(4,), out=tmp_path))
+    main(Args(traces=(str(traces[0]),), iterations=2, leaves=4, leaf_rows=20, out=tmp_path))
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["iteration"] for row in rows] == ["0", "1"] and all(float(row["validation 0.0"]) > 0 for row in rows)

@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from lede_env.engine.signals import INPUTS, feature_matrix
+from lede_env.engine.signals import LogitSignals
 from lede_env.errors import LedeError
 from lede_env.policies import (
     MaskedMLPPolicy,
@@ -17,6 +18,7 @@ from lede_env.policies import (
     RandomPolicy,
     StaticPolicy,
     ThresholdPolicy,
+    TreePolicy,
     check_compatible,
     load_policy,
     parse_policy,
@@ -118,12 +120,77 @@ def test_masked_mlp_takes_the_better_of_the_likely_actions(policy, flexibility):
 
 @pytest.mark.parametrize("flexibility", [1e-9, 0.9])
 def test_the_decoders_short_way_decides_alike(policy, flexibility):
-    """From `Signals.inputs`, of which the features are linear; also for a network without hidden layers."""
+    """One observation at a time; also for a network without hidden layers."""
     linear = replace(policy, weights=(np.float32([[1, -1, 2], [0.5, 1, -1]]),), biases=policy.biases[2:])
-    inputs = np.random.default_rng(0).normal(0, 2, size=(100, INPUTS)).astype(np.float32)
+    x = np.random.default_rng(0).normal(1, 2, size=(100, 3)).astype(np.float32)
     for each in (policy, linear, masked(policy, flexibility)):
-        exits = each.exit_probability(inputs @ feature_matrix(FEATURES))
-        np.testing.assert_array_equal(exits, [each.advantage(row) > 0 for row in inputs])
+        exits = each.exit_probability(x)
+        np.testing.assert_array_equal(exits, [each.advantage(row) > 0 for row in x])
+        assert 0 < exits.mean() < 1
+
+
+@pytest.fixture
+def tree(policy) -> TreePolicy:
+    """Exits where the margin is above 1, or the echo is at most 0.5."""
+    return TreePolicy(
+        feature=np.int32([1, 0, -1, -1, -1]), threshold=np.array([1.0, 0.5, 0, 0, 0]),
+        left=np.int32([1, 3, -1, -1, -1]), right=np.int32([2, 4, -1, -1, -1]),
+        advantage=np.float32([0, 0, 0.25, 1.5, -0.5]), features=("echo", "margin"),
+        **{name: getattr(policy, name) for name in ("mdp", "candidate_layers", "n_layers", "model_fingerprint",
+                                                    "model_name", "training")},
+    )  # fmt: skip
+
+
+def test_a_tree_decides_by_its_leaves(tree):
+    x = np.float32([[0.2, 0.4], [0.5, 1.0], [0.6, 1.0], [0.6, 1.1], [30, 2]])  # echo, margin
+    assert tree.exit_probability(x).tolist() == [1, 1, 0, 1, 1]
+    assert tree.exit_probability(x[:0]).tolist() == []
+
+
+def test_a_tree_computes_only_what_it_looks_at(tree):
+    """And decides as on arrays. Beyond a margin of 1 no guess is looked at, so there need be none."""
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(60):
+        logits = torch.randn(9, generator=generator).mul(2)
+        signals = LogitSignals(2, 8, position=0, cap=12, guess=(3, 0.5), logits=logits)
+        seen.append(tree.exits(signals))
+        assert seen[-1] == bool(tree.exit_probability(signals.features(tree.features)[None])[0])
+        if signals.margin > 1:
+            assert tree.exits(LogitSignals(2, 8, position=0, cap=12, guess=(99, 0.5), logits=logits))
+    assert 0 < np.mean(seen) < 1
+
+
+def test_a_question_that_changes_nothing_is_not_asked(tree):
+    alike = replace(tree, advantage=np.float32([0, 0, 0.25, 1.5, 0.5]))
+    assert alike._root is True and tree._root == ("margin", 1.0, ("echo", 0.5, True, False), True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"feature": np.int32([2, 0, -1, -1, -1])}, "asks about no feature"),
+        ({"left": np.int32([0, 3, -1, -1, -1])}, "no later node"),
+        ({"right": np.int32([2, 9, -1, -1, -1])}, "no later node"),
+        ({"threshold": np.array([np.nan, 0.5, 0, 0, 0])}, "not finite"),
+        ({"advantage": np.float32([0, 0, np.inf, 1.5, -0.5])}, "not finite"),
+        ({"left": np.int32([1, 3])}, r"expected \(N,\) each"),
+        ({"mdp": "chat"}, "TreePolicy mdp='chat'"),
+    ],
+)
+def test_a_tree_that_makes_no_sense_is_refused(tree, change, message):
+    with pytest.raises(LedeError, match=message):
+        replace(tree, **change)
+
+
+def test_a_saved_tree_comes_back_exactly(tree, tmp_path):
+    loaded = load_policy(tree.save(tmp_path))
+    assert isinstance(loaded, TreePolicy) and loaded.card() == tree.card() and loaded._root == tree._root
+    assert loaded.relabelled(16).candidate_layers == (4, 8)
+    card = json.loads((tmp_path / "policy.json").read_text())
+    (tmp_path / "policy.json").write_text(json.dumps(card | {"nodes": 9}))
+    with pytest.raises(LedeError, match=r"announces .*\(9,\)"):
+        load_policy(tmp_path)
 
 
 def test_a_mask_that_makes_no_sense_is_refused(policy):
@@ -174,7 +241,7 @@ def test_a_truncated_weights_file_is_refused(policy, tmp_path, keep):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "gru"}, r"kind='gru'.*\['mlp', 'masked_mlp'\]"),
+        ({"kind": "gru"}, r"kind='gru'.*\['mlp', 'masked_mlp', 'tree'\]"),
         ({"format_version": 99}, r"format_version=99.*\[1\]"),
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"state_reset": "token"}, "state_reset='token'"),

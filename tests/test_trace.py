@@ -328,7 +328,7 @@ def surplus(file, other):
 
 
 def newer_version(file, other):
-    file.attrs["format_version"] = "2"
+    file.attrs["format_version"] = "3"
 
 
 def attribute_missing(file, other):
@@ -360,7 +360,7 @@ def one_value(name, place, value):
         (group, "'starts' is not a dataset"),
         (missing, r"\['branch'\] too many or too few"),
         (surplus, r"\['more'\] too many or too few"),
-        (newer_version, "format version 2; this release reads 1"),
+        (newer_version, "format version 3; this release reads 2"),
         (attribute_missing, "'vocab' is None; expected int"),
         (attribute_of_another_type, "'eos_ids' is"),
         (no_digest, "digest"),
