@@ -145,6 +145,7 @@ def test_a_tree_decides_by_its_leaves(tree):
     x = np.float32([[0.2, 0.4], [0.5, 1.0], [0.6, 1.0], [0.6, 1.1], [30, 2]])  # echo, margin
     assert tree.exit_probability(x).tolist() == [1, 1, 0, 1, 1]
     assert tree.exit_probability(x[:0]).tolist() == []
+    assert tree.q_values(x).tolist() == [[0, 1.5], [0, 1.5], [0, -0.5], [0, 0.25], [0, 0.25]]
 
 
 def test_a_tree_computes_only_what_it_looks_at(tree):

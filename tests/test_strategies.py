@@ -78,8 +78,9 @@ def test_fsm_drafts_that_many(script):
 def test_draft_verify_judges_the_drawn_token(tiny):
     control = DraftVerify(2, threshold=0.4).start(tiny, 0)
     round_ = Round(drafts=[3, 0], exits=[2, 2])
-    assert control.keep_drafting(signals(0.41, 0.39, 0.1, 0.1), round_)
-    assert not control.keep_drafting(signals(0.39, 0.41, 0.1, 0.1), round_)  # sampled: the best token is another
+    likely, unlikely = signals(0.41, 0.39, 0.1, 0.1), signals(0.39, 0.41, 0.1, 0.1)
+    likely.token = unlikely.token = 0  # of the second it is not the best: sampled
+    assert control.keep_drafting(likely, round_) and not control.keep_drafting(unlikely, round_)
     assert round_.decisions == 2
 
 

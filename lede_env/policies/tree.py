@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from lede_env.errors import LedeError
+from lede_env.policies.rules import EXIT
 from lede_env.policies.trained import TrainedPolicy
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class TreePolicy(TrainedPolicy):
         if not (np.isfinite(self.threshold[inner]).all() and np.isfinite(self.advantage[~inner]).all()):
             raise LedeError("TreePolicy has a threshold or an advantage that is not finite")
 
-    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+    def q_values(self, observations: np.ndarray) -> np.ndarray:
+        """(N, F) -> (N, 2) values of `CONTINUE`, which is 0, and `EXIT`, the advantage of the leaf."""
         node, rows = np.zeros(len(observations), np.int64), np.arange(len(observations))
         while len(rows):
             asked = self.feature[node[rows]]
@@ -65,7 +67,10 @@ class TreePolicy(TrainedPolicy):
             here = node[rows]
             low = observations[rows, asked] <= self.threshold[here]
             node[rows] = np.where(low, self.left[here], self.right[here])
-        return (self.advantage[node] > 0).astype(np.float64)
+        return np.stack([np.zeros_like(self.advantage[node]), self.advantage[node]], axis=1)
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        return (self.q_values(observations)[:, EXIT] > 0).astype(np.float64)
 
     @cached_property
     def _root(self) -> Branch | bool:
