@@ -362,13 +362,16 @@ def _check_same_run(
             f"cannot resume {path}: {'; '.join(differences)}. Use the same settings and inputs, or another path"
         )
     if old_ids != prompt_ids:
-        n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
-        what = (
-            f"{len(old_ids)} in the file and {len(prompt_ids)} now"
-            if n is None
-            else (f"{old_ids[n]!r} in the file and {prompt_ids[n]!r} now at {n}")
-        )
+        what = prompt_difference(old_ids, prompt_ids)
         raise LedeError(f"cannot resume {path}: prompt_ids differ, {what}; use the same prompts, or another path")
+
+
+def prompt_difference(old_ids: Sequence[str], prompt_ids: Sequence[str]) -> str:
+    """Where the prompt ids of a file and those at hand, which differ, do so first."""
+    n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
+    if n is None:
+        return f"{len(old_ids)} in the file and {len(prompt_ids)} now"
+    return f"{old_ids[n]!r} in the file and {prompt_ids[n]!r} now at {n}"
 
 
 def _check_episode(episode: Episode, n_features: int, n_prompts: int) -> None:
