@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from lede_env.data.trajectory_file import COLUMNS, Episode, Trajectories, read_trajectories
+from lede_env.data.trajectory_file import COLUMNS, Episode, Trajectories, prompt_difference, read_trajectories
 from lede_env.digest import digest
 from lede_env.errors import LedeError
 from lede_env.policies import EXIT
@@ -59,8 +58,9 @@ class Validation:
 def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) -> Validation:
     """Play a trajectory file's actions again in the environment that its header names, and compare.
 
-    All columns but `behaviour_logprob`, which only the policy could confirm. Observations may differ by 1e-4. Greedy
-    texts in which two tokens are as good as tied may differ between a trace and the model, or between two machines.
+    All columns but `behaviour_logprob`, which only the policy could confirm: it must be finite and at most 0.
+    Observations may differ by 1e-4. Greedy texts in which two tokens are as good as tied may differ between a trace and
+    the model, or between two machines.
 
     Args:
         path: a file by `lede record`, of either MDP.
@@ -70,22 +70,21 @@ def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) ->
         What was checked, with the first row that differs, if any; the one of the earliest episode.
 
     Raises:
-        LedeError: not a trajectory file, or its environment cannot be made again: the model, the prompts, the cost
-            model or an argument is not what it was.
+        LedeError: not a trajectory file, or its environment cannot be made again: the model, the prompts or their
+            ids, the cost model or an argument is not what it was.
     """
     data = read_trajectories(path)
-    wrong = np.flatnonzero(data["actions"] > EXIT)
-    if len(wrong):
-        row = int(wrong[0])
-        episode = int(np.searchsorted(data["episode_starts"], row, "right")) - 1
-        return _result(path, data, Difference("actions", row, episode, int(data["actions"][row]), "0 or 1"))
+    impossible = _first_impossible(data)
+    if impossible is not None:
+        return _result(path, data, impossible)
     lanes = min(LIVE_LANES if trace is None else LANES, data.n_episodes)
-    envs = make_player_envs(_attribute(path, data, "env_id", str), lanes, **_arguments(path, data, trace))
+    envs = make_player_envs(attribute(path, data, "env_id", str), lanes, **_arguments(path, data, trace))
     try:
         core: Any = envs.unwrapped
-        _check_environment(path, data.attributes, core.attributes)
+        _check_environment(path, data, core)
         bounds = np.append(data["episode_starts"], data.n_rows).astype(np.int64)  # (E + 1,)
-        first, seed = data.attributes.get("first_episode", 0), _attribute(path, data, "seed", int)
+        first = attribute(path, data, "first_episode", int) if "first_episode" in data.attributes else 0
+        seed = attribute(path, data, "seed", int)
         numbers = range(first, first + data.n_episodes)
         for number, played in play(envs, _replay(data["actions"], bounds, first), numbers, seed):
             place = number - first
@@ -101,7 +100,26 @@ def _result(path: str | os.PathLike, data: Trajectories, difference: Difference 
     return Validation(os.fspath(path), data.n_rows, data.n_episodes, difference)
 
 
-def _attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: type) -> Any:
+def _first_impossible(data: Trajectories) -> Difference | None:
+    """The first value that no policy gives."""
+    logprobs = data["behaviour_logprob"]
+    for name, wrong, expected in (
+        ("actions", data["actions"] > EXIT, "0 or 1"),
+        ("behaviour_logprob", ~(np.isfinite(logprobs) & (logprobs <= 0)), "finite and at most 0"),
+    ):
+        if wrong.any():
+            row = int(wrong.argmax())
+            episode = int(np.searchsorted(data["episode_starts"], row, "right")) - 1
+            return Difference(name, row, episode, data[name][row].item(), expected)
+    return None
+
+
+def attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: type) -> Any:
+    """What a file's header must say to be played again.
+
+    Raises:
+        LedeError: it does not, or it is not of this kind.
+    """
     value = data.attributes.get(name)
     if not isinstance(value, kind):
         raise LedeError(
@@ -113,21 +131,29 @@ def _attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: typ
 
 def _arguments(path: str | os.PathLike, data: Trajectories, trace: str | os.PathLike | None) -> dict[str, Any]:
     """What `gym.make_vec` needs beside the file's id: every value that the header holds."""
-    config = pinned(_attribute(path, data, "env_id", str))
+    config = pinned(attribute(path, data, "env_id", str))
     chosen = {field.name for field in fields(config)} - {"features", "episode"}  # those are the player's
     kwargs = {name: value for name, value in data.attributes.items() if name in chosen}
-    if config.weights != "twin" and config.model != data.attributes["model_name"]:
-        kwargs["model"] = data.attributes["model_name"]
+    model = attribute(path, data, "model_name", str)
+    if config.weights != "twin" and config.model != model:
+        kwargs["model"] = model
     return kwargs if trace is None else {**kwargs, "backend": "trace", "trace": os.fspath(trace)}
 
 
-def _check_environment(path: str | os.PathLike, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name, value in now.items():
-        if digest(recorded.get(name)) != digest(value):
-            raise LedeError(
-                f"{path}: {name} is {recorded.get(name)!r} in the file and {value!r} in the environment at hand; "
-                "validate against the model, trace, prompts and cost model that it was recorded with"
-            )
+def _check_environment(path: str | os.PathLike, data: Trajectories, core: Any) -> None:
+    recorded, now = data.attributes, core.attributes
+    differences = [
+        f"{name} is {recorded.get(name)!r} in the file and {value!r} in the environment at hand"
+        for name, value in now.items()
+        if digest(recorded.get(name)) != digest(value)
+    ]
+    if data.prompt_ids != list(core.prompt_ids):
+        differences.append(f"prompt_ids differ, {prompt_difference(data.prompt_ids, core.prompt_ids)}")
+    if differences:
+        raise LedeError(
+            f"{path}: {differences[0]}; validate against the model, trace, prompts and cost model that it was recorded "
+            "with"
+        )
 
 
 def _replay(actions: np.ndarray, bounds: np.ndarray, first: int) -> Act:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -17,6 +19,7 @@ from lede_env.data.trajectory_file import COLUMNS, checksum, read_trajectories, 
 from lede_env.errors import LedeError
 from lede_env.offline import loading
 from lede_env.offline.making import make, verify
+from lede_env.offline.parts import Part, part_files, write_index
 from lede_env.offline.scoring import Bench
 from lede_env.offline.tiers import NAMES, PROBLEMS, SHIPPED, TIERS, recipe_of
 from lede_env.tasks import SPLITS
@@ -120,9 +123,9 @@ def test_large_files_are_mapped(made, tmp_path, monkeypatch):
     shutil.copy(packed, plain)
     rewrite(plain, {}, compressed=False)
     monkeypatch.setattr(dataset_module, "MAPPED_BYTES", 1)
-    for path, kind in ((plain, np.memmap), (packed, np.ndarray)):
+    for path, is_mapped in ((plain, True), (packed, False)):
         dataset = read_dataset(path)
-        assert type(dataset["observations"]) is kind
+        assert isinstance(dataset["observations"].base, mmap.mmap) is is_mapped
         assert checksum(dataset.arrays) == dataset.attributes["checksum"]
 
 
@@ -248,6 +251,99 @@ def test_altered_files_are_found_out(made, tmp_path, monkeypatch, capfd, damage)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "verify", path)
     assert ended.value.code == 2 and "WRONG" in capfd.readouterr().out
+
+
+def swap_prompt_ids(file):
+    ids = file["prompt_ids"][:]
+    file["prompt_ids"][:2] = ids[1::-1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (swap_prompt_ids, "prompt_ids differ, .* now at 0"),
+        (lambda file: file.attrs.pop("model_name"), "attribute 'model_name' is None"),
+        (lambda file: file.attrs.pop("first_episode"), "attribute 'first_episode' is None"),
+        (lambda file: file.attrs.__setitem__("first_episode", '"two"'), "attribute 'first_episode' is 'two'"),
+    ],
+)
+def test_files_that_cannot_be_verified(made, tmp_path, alter, message, named):
+    path = copy_of(made("tiny/random-v0"), tmp_path, named)
+    with h5py.File(path, "r+") as file:
+        alter(file)
+    if not named and message == "attribute 'first_episode' is None":  # as `lede record` writes them
+        assert verify(path)
+        return
+    with pytest.raises(LedeError, match=message):
+        verify(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3.0])
+def test_log_probabilities_that_no_policy_has_are_found_out(made, tmp_path, value):
+    path = copy_of(made("tiny/random-v0"), tmp_path, named=False)
+    assert verify(path)
+    with h5py.File(path, "r+") as file:
+        file["behaviour_logprob"][50] = value
+    found = verify(path)
+    assert not found and (found.replay.difference.column, found.replay.difference.row) == ("behaviour_logprob", 50)
+
+
+@pytest.mark.parametrize("name", ["behaviour_digests", "block"])
+def test_altered_headers_of_named_files_are_found_out(made, tmp_path, name):
+    path = copy_of(made("tiny/random-v0"), tmp_path, named=True)
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = json.dumps(["nonsense"])
+    found = verify(path)
+    assert not found and found.altered == (name,) and f"other {name}" in str(found)
+
+
+def copy_of(path, folder, named):
+    copy = shutil.copy(path, folder / "copy.h5")
+    if not named:
+        with h5py.File(copy, "r+") as file:
+            del file.attrs["dataset"], file.attrs["checksum"]
+    return copy
+
+
+def test_parts_and_their_index(tmp_path, monkeypatch, capfd):
+    name, parts = "tiny/random-v0", []
+    for first, episodes in ((0, 3), (3, 2)):
+        path = make(recipe_of(name), tmp_path / f"part-{first}.h5", episodes, first=first)
+        content = read_trajectories(path, columns=())
+        parts.append(Part(path.name, first, episodes, content.n_rows, content.attributes["checksum"]))
+    write_index(tmp_path, name, parts[::-1])
+    assert lede_env.load_dataset(tmp_path, split="all").n_episodes == 5
+    run(monkeypatch, "verify", tmp_path)
+    assert capfd.readouterr().out.count(": good") == 2
+    for bad, message in (
+        ([parts[0], replace(parts[1], rows=1)], "holds .* and .* says"),
+        ([parts[0], replace(parts[1], file=parts[0].file)], "holds .* and .* says"),
+        (parts[1:], "lacks parts"),
+        ([], "lacks parts"),
+    ):
+        write_index(tmp_path, name, bad)
+        with pytest.raises(LedeError, match=message):
+            part_files(tmp_path)
+    for text in ("{", "[]", "{}", '{"parts": [{}]}', '{"parts": 3}', '{"parts": []}'):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(LedeError, match="is not an index of parts"):
+            lede_env.load_dataset(tmp_path)
+
+
+def test_nothing_to_verify_is_an_error_and_nothing_is_made(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(loading, "CHECKOUT", tmp_path / "none")
+    for names, message in (
+        ((), "nothing to verify"),
+        (("all",), "nothing to verify"),
+        (("tiny/random-v0",), "is not at hand"),
+        (("none.h5",), "neither a file nor a dataset"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, "verify", *names)
+        assert ended.value.code == 2 and message in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_recording_of_the_trace_is_named(made, tmp_path):

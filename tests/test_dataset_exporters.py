@@ -92,6 +92,35 @@ def test_sb3(dataset, boundary):
             dataset.fill_sb3(small)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"handle_timeout_termination": False}, "handle_timeout_termination=False, .*; expected False and True"),
+        ({"handle_timeout_termination": False, "optimize_memory_usage": True}, "optimize_memory_usage=True"),
+        ({"observation_space": gym.spaces.Box(0, 9, (8,), np.float32)}, r"float32 \(8,\); expected float32 \(1,\)"),
+        ({"observation_space": gym.spaces.Box(0, 255, (1,), np.uint8)}, r"uint8 \(1,\); expected float32 \(1,\)"),
+        ({"action_space": gym.spaces.Box(-1, 1, (1,))}, r"expected Discrete\(2\)"),
+    ],
+)
+def test_sb3_buffers_that_would_hold_other_rows_are_refused(dataset, changed, message):
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    one = dataset.select(("confidence",))
+    plain = {"observation_space": gym.spaces.Box(0, 9, (1,), np.float32), "action_space": gym.spaces.Discrete(2)}
+    buffer = buffers.ReplayBuffer(20, device="cpu", **{**plain, **changed})
+    with pytest.raises(LedeError, match=message):
+        one.fill_sb3(buffer)
+    assert buffer.size() == 0
+
+
+def test_a_full_sb3_buffer_is_not_overwritten(dataset):
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    buffer = buffers.ReplayBuffer(11, gym.spaces.Box(0, 9, (3,)), gym.spaces.Discrete(2), device="cpu")
+    dataset.fill_sb3(buffer)
+    assert buffer.full
+    with pytest.raises(LedeError, match="room for 0 more transitions"):
+        dataset.fill_sb3(buffer)
+
+
 def test_rlds(dataset):
     episodes = list(dataset.to_rlds())
     assert [len(episode["steps"]["reward"]) for episode in episodes] == (LENGTHS + 1).tolist()

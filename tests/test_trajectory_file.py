@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lede_env.data import trajectory_layout
+from lede_env.data import trajectory_file, trajectory_layout
 from lede_env.data.trajectory_file import (
     COLUMNS,
     Episode,
@@ -394,6 +394,22 @@ def test_second_writer_is_refused_and_readers_are_not(tmp_path):
             compress(path)
     record(path, 61)
     assert assert_first_episodes(path) == 61
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_renamed_into_place_while_the_old_one_is_read(tmp_path, monkeypatch, mapped):
+    path, episodes = tmp_path / "a.h5", [make_episode(i) for i in range(40)]
+    record(path, 40)
+
+    def committed_then_replaced(file):
+        writer_of(tmp_path / "other.h5").close()
+        os.replace(tmp_path / "other.h5", path)
+        return trajectory_layout.committed(file)
+
+    monkeypatch.setattr(trajectory_file, "committed", committed_then_replaced)
+    found = read_trajectories(path, mapped=mapped)
+    for name, values in expected_arrays(episodes).items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
 # --- refusals

@@ -88,7 +88,7 @@ class Dataset(Trajectories):
     @property
     def next_observations(self) -> np.ndarray:
         """(N, F) what was seen after each row, a new array."""
-        following = np.empty_like(self["observations"], subok=False)
+        following = np.empty_like(self["observations"])
         following[:-1] = self["observations"][1:]
         following[self.bounds[1:] - 1] = self["final_observations"]
         return following

@@ -50,8 +50,10 @@ def ends_of(dataset: Dataset, boundary: str) -> tuple[np.ndarray, np.ndarray]:
 
 def to_d3rlpy(dataset: Dataset, boundary: str = "token") -> D3rlpyBuffer:
     """As d3rlpy's `MDPDataset`. d3rlpy knows no next observation of an episode's last step, and drops that step where
-    the episode is cut: so a cut one gets one more step, the observation it ended on (action 0, reward 0), which is
-    only ever bootstrapped from.
+    the episode is cut: so a cut one gets one more step, the observation it ended on (action 0, reward 0). Algorithms
+    that learn from transitions (CQL, IQL...) only ever bootstrap from it. Those that learn from trajectories (decision
+    transformers) see it as a step like others, with an action that nobody took: let them learn from episodes that end
+    by themselves, `dataset.filter(lambda episode: episode.terminals[-1])`.
 
     Raises:
         LedeError: an unknown boundary, no episodes, or d3rlpy is not installed.
@@ -80,15 +82,11 @@ def fill_sb3(dataset: Dataset, buffer: SB3Buffer, boundary: str = "token") -> No
     """Add every row to a replay buffer of Stable-Baselines3, made for one environment.
 
     Raises:
-        LedeError: an unknown boundary, no episodes, a buffer for several environments, or one that is too small.
+        LedeError: an unknown boundary, no episodes, or a buffer that cannot hold the rows as they are: for several
+            environments, too small or filled, of other observations or actions, or without room for timeouts.
     """
     terminals, timeouts = ends_of(dataset, boundary)
-    room = buffer.buffer_size - (0 if buffer.full else buffer.pos)
-    if buffer.n_envs != 1 or room < dataset.n_rows:
-        raise LedeError(
-            f"the buffer has room for {room} transitions of {buffer.n_envs} environments; expected at least "
-            f"{dataset.n_rows} of 1"
-        )
+    _check_sb3(dataset, buffer)
     rows = zip(
         dataset["observations"], dataset.next_observations, dataset["actions"], dataset["rewards"],
         terminals | timeouts, timeouts, strict=True,
@@ -96,6 +94,30 @@ def fill_sb3(dataset: Dataset, buffer: SB3Buffer, boundary: str = "token") -> No
     for observation, following, action, reward, done, cut in rows:
         infos = [{"TimeLimit.truncated": bool(cut)}]
         buffer.add(observation[None], following[None], np.array([action]), np.array([reward]), np.array([done]), infos)
+
+
+def _check_sb3(dataset: Dataset, buffer: SB3Buffer) -> None:
+    """Stable-Baselines3 itself broadcasts, truncates and overwrites in silence."""
+    room = 0 if buffer.full else buffer.buffer_size - buffer.pos
+    if buffer.n_envs != 1 or room < dataset.n_rows:
+        raise LedeError(
+            f"the buffer has room for {room} more transitions of {buffer.n_envs} environments; expected at least "
+            f"{dataset.n_rows} of 1: make a new one, ReplayBuffer({dataset.n_rows}, ..., n_envs=1)"
+        )
+    shape, dtype = dataset["observations"].shape[1:], buffer.observations.dtype
+    if buffer.obs_shape != shape or not np.can_cast(np.float32, dtype):
+        raise LedeError(
+            f"the buffer's observations are {dtype} {buffer.obs_shape}; expected float32 {shape}, the dataset's "
+            f"features {dataset.features}: make the buffer for them, or load the dataset with features=..."
+        )
+    if buffer.action_space != gym.spaces.Discrete(2):
+        raise LedeError(f"the buffer's actions are {buffer.action_space}; expected Discrete(2): make the buffer for it")
+    if buffer.optimize_memory_usage or not buffer.handle_timeout_termination:
+        raise LedeError(
+            f"the buffer has optimize_memory_usage={buffer.optimize_memory_usage} and handle_timeout_termination="
+            f"{buffer.handle_timeout_termination}, so cut episodes would count as terminal; expected False and True: "
+            "make the buffer with these"
+        )
 
 
 def to_rlds(dataset: Dataset) -> Iterator[dict[str, Any]]:

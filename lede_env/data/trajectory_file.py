@@ -33,6 +33,7 @@ exclude each other by a lock on `FILE.lock`, which the system drops when a proce
 """
 
 import hashlib
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from lede_env.data.trajectory_layout import (
@@ -305,11 +307,19 @@ def read_trajectories(
         arrays: dict[str, np.ndarray] = {}
         for name in names:
             offset = file[name].id.get_offset() if mapped else None  # None: compressed, or empty
-            shape = (rows, *file[name].shape[1:])
-            arrays[name] = file[name][:rows] if offset is None else np.memmap(path, COLUMNS[name], "r", offset, shape)
+            if offset is None or not rows:
+                arrays[name] = file[name][:rows]
+            else:
+                shape = (rows, *file[name].shape[1:])
+                arrays[name] = np.ndarray(shape, COLUMNS[name], _map(file), offset)
         arrays |= {name: file[name][:episodes] for name in TABLES}
         _check_starts(path, arrays["episode_starts"], rows)
         return Trajectories(arrays, decode_attributes(file), read_prompt_ids(file), rows)
+
+
+def _map(file: h5py.File) -> mmap.mmap:
+    """The bytes of an open file, read-only. By its descriptor: a writer may have renamed another file to its name."""
+    return mmap.mmap(file.id.get_vfd_handle(), 0, access=mmap.ACCESS_READ)
 
 
 def rewrite(path: str | os.PathLike, attributes: Mapping[str, Any], compressed: bool) -> None:
@@ -352,13 +362,16 @@ def _check_same_run(
             f"cannot resume {path}: {'; '.join(differences)}. Use the same settings and inputs, or another path"
         )
     if old_ids != prompt_ids:
-        n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
-        what = (
-            f"{len(old_ids)} in the file and {len(prompt_ids)} now"
-            if n is None
-            else (f"{old_ids[n]!r} in the file and {prompt_ids[n]!r} now at {n}")
-        )
+        what = prompt_difference(old_ids, prompt_ids)
         raise LedeError(f"cannot resume {path}: prompt_ids differ, {what}; use the same prompts, or another path")
+
+
+def prompt_difference(old_ids: Sequence[str], prompt_ids: Sequence[str]) -> str:
+    """Where the prompt ids of a file and those at hand, which differ, do so first."""
+    n = next((i for i, (a, b) in enumerate(zip(old_ids, prompt_ids, strict=False)) if a != b), None)
+    if n is None:
+        return f"{len(old_ids)} in the file and {len(prompt_ids)} now"
+    return f"{old_ids[n]!r} in the file and {prompt_ids[n]!r} now at {n}"
 
 
 def _check_episode(episode: Episode, n_features: int, n_prompts: int) -> None:

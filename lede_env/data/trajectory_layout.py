@@ -230,7 +230,7 @@ def open_checked(path: Path) -> h5py.File:
     if not path.is_file():
         raise LedeError(f"{path}: no such file")
     with read_errors(path):
-        file = h5py.File(path, "r", locking=False)
+        file = h5py.File(path, "r", driver="sec2", locking=False)  # a driver with a file descriptor, to map
     try:
         with read_errors(path):
             _check_format(path, file)

@@ -132,19 +132,26 @@ def verify(names: Positional[tuple[str, ...]], /) -> None:
     """Check files: structure, checksum, every transition and reward by replay; and named ones by making them again.
 
     Args:
-        names: of datasets, or paths of trajectory files; "all": all that are at hand.
+        names: of datasets, or paths of trajectory files or of folders that `make --workers` filled; "all": all
+            named ones that are at hand.
     """
-    from lede_env.offline.loading import at_hand, find
+    from lede_env.offline.loading import at_hand, existing
     from lede_env.offline.making import verify as verify_file
+    from lede_env.offline.parts import part_files
     from lede_env.offline.tiers import NAMES
 
     if names == ("all",):
         names = tuple(name for name in NAMES if at_hand(name))
+    if not names:
+        raise LedeError("nothing to verify; give names of datasets, paths, or `all` where datasets are at hand")
+    files: list[Path] = []
+    for place in map(existing, names):
+        files += part_files(place) if place.is_dir() else [place]
     wrong = []
-    for name in names:
-        found = verify_file(find(name))
-        console.print(f"{name}: {'good' if found else 'WRONG'}\n{found}", highlight=False, markup=False)
-        wrong += [] if found else [name]
+    for path in files:
+        found = verify_file(path)
+        console.print(f"{path}: {'good' if found else 'WRONG'}\n{found}", highlight=False, markup=False)
+        wrong += [] if found else [str(path)]
     if wrong:
         raise LedeError(f"not what they should be: {', '.join(wrong)}; make them again by `lede dataset make`")
 

@@ -57,15 +57,26 @@ def find(name_or_path: str | os.PathLike) -> Path:
         LedeError: neither a name nor an existing file.
     """
     name = os.fspath(name_or_path)
-    if name not in NAMES:
-        if not Path(name).exists():
-            raise LedeError(f"{name}: neither a file nor a dataset; the names are: {', '.join(NAMES)}")
-        return Path(name)
-    path = at_hand(name)
+    if name not in NAMES or at_hand(name):
+        return existing(name)
+    path = cached(name)
+    Console(stderr=True).print(f"{name} is not at hand; making it from the shipped trace: {path}", highlight=False)
+    make(recipe_of(name), path, resume=True)
+    return path
+
+
+def existing(name_or_path: str | os.PathLike) -> Path:
+    """The file of a name, or a path as it is; nothing is made.
+
+    Raises:
+        LedeError: neither a name nor an existing file, or a name of which there is no file.
+    """
+    name = os.fspath(name_or_path)
+    path = at_hand(name) if name in NAMES else Path(name)
     if path is None:
-        path = cached(name)
-        Console(stderr=True).print(f"{name} is not at hand; making it from the shipped trace: {path}", highlight=False)
-        make(recipe_of(name), path, resume=True)
+        raise LedeError(f"{name} is not at hand: there is no file of it; make it by `lede dataset make {name}`")
+    if not path.exists():
+        raise LedeError(f"{name}: neither a file nor a dataset; the names are: {', '.join(NAMES)}")
     return path
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from lede_env.data.registry import default_trace, load_trace
-from lede_env.data.trajectory_file import checksum, read_trajectories, rewrite
+from lede_env.data.trajectory_file import PROVENANCE, checksum, read_trajectories, rewrite
 from lede_env.errors import LedeError
 from lede_env.offline.tiers import NAMES, Recipe, recipe_of
 from lede_env.oracles import Oracle
 from lede_env.policies import check_compatible
 from lede_env.recording import Act, log_episodes, make_player_envs, policy_act, policy_digest, run_attributes
-from lede_env.validation import Validation, validate
+from lede_env.validation import Validation, attribute, validate
 
 LANES = 256  # episodes played together
 
@@ -136,9 +136,11 @@ class Verification:
     checksum: str  # of the arrays as they are
     recorded: str | None  # what the file says it is; None: a file that does not say
     rebuilt: str | None  # that of the file made again by its recipe; None: it has no name
+    altered: tuple[str, ...] = ()  # attributes of its header that the recipe gives otherwise
 
     def __bool__(self) -> bool:
-        return bool(self.replay) and all(other in (None, self.checksum) for other in (self.recorded, self.rebuilt))
+        sums_hold = all(other in (None, self.checksum) for other in (self.recorded, self.rebuilt))
+        return bool(self.replay) and sums_hold and not self.altered
 
     def __str__(self) -> str:
         lines = [str(self.replay)]
@@ -146,25 +148,31 @@ class Verification:
             if other is not None:
                 same = "equal" if other == self.checksum else f"{other[:16]}, but the arrays have {self.checksum[:16]}"
                 lines.append(f"{what}: {same}")
+        if self.altered:
+            lines.append(f"the header, made again by its recipe: other {', '.join(self.altered)}")
         return "\n".join(lines)
 
 
 def verify(path: str | os.PathLike) -> Verification:
     """Check a file: its structure, its checksum, by replay on the trace every transition and reward, and if it has a
-    name, that its recipe gives the same arrays, log-probabilities too.
+    name, that its recipe gives the same arrays, log-probabilities too, and the same header.
 
     Raises:
         LedeError: not a trajectory file, or its environment or its trace is not what it was.
     """
     content = read_trajectories(path)
     said = content.attributes
-    trace = default_trace(said["model_name"], said["temperature"])
+    trace = default_trace(attribute(path, content, "model_name", str), attribute(path, content, "temperature", float))
     if said.get("trace_digest", load_trace(trace).digest) != load_trace(trace).digest:
         raise LedeError(f"{path} was made from another recording of {trace}; make it again by `lede dataset make`")
-    rebuilt = None
+    rebuilt, altered = None, []
     if said.get("dataset") in NAMES:
         with tempfile.TemporaryDirectory() as folder:
             again = make(recipe_of(said["dataset"]), Path(folder) / "again.h5", content.n_episodes,
-                         first=said["first_episode"], compressed=False)  # fmt: skip
-            rebuilt = checksum(read_trajectories(again).arrays)
-    return Verification(validate(path, trace), checksum(content.arrays), said.get("checksum"), rebuilt)
+                         first=attribute(path, content, "first_episode", int), compressed=False)  # fmt: skip
+            same = read_trajectories(again)
+        rebuilt = checksum(same.arrays)
+        altered = [name for name in sorted((said.keys() | same.attributes.keys()) - PROVENANCE - {"checksum"})
+                   if said.get(name) != same.attributes.get(name)]  # fmt: skip
+    replay = validate(path, trace)
+    return Verification(replay, checksum(content.arrays), said.get("checksum"), rebuilt, tuple(altered))

@@ -11,8 +11,8 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from lede_env.data.dataset import Dataset, read_dataset
 from lede_env.data.trajectory_file import read_trajectories
@@ -97,21 +97,39 @@ def write_index(folder: Path, name: str, parts: list[Part]) -> None:
     target.replace(folder / INDEX)
 
 
-def read_parts(folder: Path) -> Dataset:
-    """The parts of a folder, in the order of their episodes, as one dataset.
+def part_files(folder: Path) -> list[Path]:
+    """The files of a folder's parts, in the order of their episodes.
 
     Raises:
-        LedeError: no index, or a part that is missing or not what the index says.
+        LedeError: no index or a bad one, or a part that is missing or not what the index says.
     """
     index = folder / INDEX
     if not index.is_file():
         raise LedeError(f"{folder} has no {INDEX}; collect into it to the end, or name one of its files")
-    values: dict[str, Any] = json.loads(index.read_text())
-    datasets = []
-    for part in sorted(values["parts"], key=lambda part: part["first_episode"]):
-        dataset = read_dataset(folder / part["file"])
-        found = (dataset.n_episodes, dataset.n_rows, dataset.attributes.get("checksum"))
-        if found != (part["episodes"], part["rows"], part["checksum"]):
-            raise LedeError(f"{folder / part['file']} holds {found}, and not what {index} says; collect it again")
-        datasets.append(dataset)
-    return datasets[0].concat(*datasets[1:])
+    try:
+        values = json.loads(index.read_text())
+        parts = sorted((Part(**part) for part in values["parts"]), key=lambda part: part.first_episode)
+        name, files = values["dataset"], [folder / part.file for part in parts]
+        firsts = [0, *accumulate(part.episodes for part in parts)][:-1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedeError(f"{index} is not an index of parts ({error!r}); collect into {folder} again") from error
+    if not parts or [part.first_episode for part in parts] != firsts:
+        raise LedeError(f"{index} lacks parts: those it has do not follow each other; collect into {folder} again")
+    for part, file in zip(parts, files, strict=True):
+        content = read_trajectories(file, columns=())
+        said = [content.attributes.get(what) for what in ("dataset", "first_episode", "checksum")]
+        found = (*said, content.n_episodes, content.n_rows)
+        expected = (name, part.first_episode, part.checksum, part.episodes, part.rows)
+        if found != expected:
+            raise LedeError(f"{file} holds {found}, and {index} says {expected}; collect it again")
+    return files
+
+
+def read_parts(folder: Path) -> Dataset:
+    """The parts of a folder, in the order of their episodes, as one dataset.
+
+    Raises:
+        LedeError: what `part_files` and `read_dataset` refuse.
+    """
+    first, *others = map(read_dataset, part_files(folder))
+    return first.concat(*others)
