@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,17 +183,18 @@ def export(
         split: train, validation, test or all.
         features: extended or paper.
     """
+    from lede_env.data.exporters import write_d3rlpy
     from lede_env.offline.loading import load_dataset
+    from lede_env.recording import check_output
 
+    if to == "d3rlpy":
+        check_output(Path(out))
     dataset = load_dataset(name, split, features)
     if to == "minari":
         dataset.to_minari(out)
         console.print(f"minari.load_dataset({out!r})", highlight=False, markup=False)
         return
-    if os.path.exists(out):
-        raise LedeError(f"{out} exists; choose another path, or remove it")
-    with open(out, "w+b") as file:
-        dataset.to_d3rlpy().dump(file)
+    write_d3rlpy(dataset, out)
     console.print(f"d3rlpy.dataset.ReplayBuffer.load({out!r}, d3rlpy.dataset.InfiniteBuffer())", highlight=False,
                   markup=False)  # fmt: skip
 
