@@ -167,7 +167,7 @@ def to_minari(dataset: Dataset, dataset_id: str, **about: Any) -> MinariDataset:
         about: `author`, `description` and so on, of `minari.create_dataset_from_buffers`.
 
     Raises:
-        LedeError: no episodes, Minari is not installed, or it refuses the id.
+        LedeError: no episodes, Minari is not installed or refuses the id, or its storage has no room (nothing is left).
     """
     minari = _import_minari()
     buffers = [_minari_buffer(minari, number, episode) for number, episode in enumerate(dataset.episodes())]
