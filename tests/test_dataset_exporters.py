@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import resource
+import warnings
+from contextlib import contextmanager
+
 import gymnasium as gym
 import numpy as np
 import pytest
 
 import lede_env
 from lede_env import cli
-from lede_env.data.dataset import Dataset
+from lede_env.data.dataset import Dataset, read_dataset
 from lede_env.data.trajectory_file import COLUMNS, checksum
 from lede_env.data.trajectory_layout import TABLES
+from lede_env.engine.acceptance import Sampling
 from lede_env.errors import LedeError
+from lede_env.models.loading import load_model
+from lede_env.policies import RandomPolicy
+from lede_env.recording import record
+from lede_env.tasks import load_prompts
+from lede_env.tracing import record_trace
 
 FEATURES = ["confidence", "entropy", "trace"]
 # Observations are row numbers, final ones 100 + episode, rewards 1000 + row.
@@ -169,6 +179,87 @@ def test_a_real_dataset_through_minari(minari):
     assert checksum(back.arrays) == checksum(data.arrays) and back.features == data.features
 
 
+def assert_recovered(part, stored, split):
+    env = stored.recover_environment().unwrapped
+    assert env.prompt_ids == [part.prompt_ids[i] for i in part.attributes["prompt_splits"][split]]
+    assert {part.prompt_ids[i] for i in part["prompt_id"]} <= set(env.prompt_ids)
+    return env
+
+
+def test_minari_recovers_the_environment_of_the_part(minari):
+    whole = lede_env.load_dataset("tiny/random-v0", split="all")
+    parts = whole.split()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without an environment to recover")
+        for split, part in parts.items():
+            assert_recovered(part, part.take(range(2)).to_minari(f"lede/{split}-v0"), split)
+        both = parts["train"].take([0]).concat(parts["test"].take([0])).to_minari("lede/both-v0")
+    assert both.recover_environment().unwrapped.prompt_ids == whole.prompt_ids
+    assert lede_env.from_minari("lede/test-v0").attributes == parts["test"].attributes
+
+
+def test_minari_recovers_live_what_no_trace_has(minari, tmp_path):
+    record("LEDE-Tiny-v0", RandomPolicy(), 2, tmp_path / "live.h5", temperature=0.3, max_new_tokens=3, split="test")
+    part = read_dataset(tmp_path / "live.h5")
+    env = assert_recovered(part, part.to_minari("lede/live-v0"), "test")
+    assert env.attributes["temperature"] == 0.3 and env.spec.kwargs["backend"] == "live"
+
+
+def test_minari_warns_of_an_environment_that_cannot_be_recovered(minari, tmp_path):
+    lm, trace = load_model("tiny"), tmp_path / "own.h5"
+    record_trace(lm, load_prompts("code", "test")[:2], lm.candidate_layers, 4, Sampling(0.0), 0).save(trace)
+    settings = dict(backend="trace", trace=trace, split="test", max_new_tokens=4)
+    record("LEDE-Tiny-v0", RandomPolicy(), 2, tmp_path / "own-rows.h5", **settings)
+    own = read_dataset(tmp_path / "own-rows.h5")
+    with pytest.warns(UserWarning, match="without an environment to recover.*trace backend its prompts_digest differ"):
+        stored = own.to_minari("lede/own-v0")
+    with pytest.raises(ValueError, match="cannot be recovered"):
+        stored.recover_environment()
+    assert checksum(lede_env.from_minari("lede/own-v0").arrays) == checksum(own.arrays)
+
+
+@contextmanager
+def file_size_limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def exported(monkeypatch, to, out):
+    command = ["lede", "dataset", "export", "tiny-draft/random-v0", "--to", to, "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, "--split", "validation", "--features", "paper"])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+@pytest.mark.parametrize("to", ["d3rlpy", "minari"])
+@pytest.mark.parametrize("size", [1000, 300_000])
+def test_exports_to_a_full_disk_leave_nothing_and_can_be_tried_again(tmp_path, monkeypatch, capfd, to, size):
+    pytest.importorskip(to)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    out = "lede/full-v0" if to == "minari" else tmp_path / "full.h5"
+    with file_size_limit(size):
+        assert exported(monkeypatch, to, out) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"{tmp_path / out} cannot be written: File too large" in said and "free space" in said
+    assert not list(tmp_path.rglob("*"))
+    assert exported(monkeypatch, to, out) == 0
+
+
+def test_a_minari_export_that_fails_half_way_is_removed_and_one_that_was_there_is_kept(dataset, minari):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        dataset.to_minari("lede/half-v0", description=object())
+    dataset.to_minari("lede/half-v0")
+    with pytest.raises(LedeError, match="already exists"):
+        dataset.to_minari("lede/half-v0")
+    assert minari.load_dataset("lede/half-v0").total_episodes == 5
+
+
 def test_nothing_and_unknown_boundaries_are_refused(dataset):
     with pytest.raises(LedeError, match="boundary='round' is unknown; use one of token, prompt"):
         dataset.to_d3rlpy("round")
@@ -176,16 +267,15 @@ def test_nothing_and_unknown_boundaries_are_refused(dataset):
         dataset.take([]).to_d3rlpy()
 
 
-def test_the_command_exports(tmp_path, monkeypatch):
+def test_the_command_exports(tmp_path, monkeypatch, capfd):
     d3rlpy = pytest.importorskip("d3rlpy")
     path = tmp_path / "out.h5"
-    command = ["lede", "dataset", "export", "tiny-draft/random-v0", "--to", "d3rlpy", "--out", str(path)]
-    monkeypatch.setattr("sys.argv", [*command, "--split", "validation", "--features", "paper"])
-    cli.main()
+    assert exported(monkeypatch, "d3rlpy", path) == 0
     buffer = d3rlpy.dataset.ReplayBuffer.load(str(path), d3rlpy.dataset.InfiniteBuffer())
     part = lede_env.load_dataset("tiny-draft/random-v0", split="validation", features="paper")
     assert buffer.transition_count == part.n_rows
     np.testing.assert_array_equal(np.concatenate([episode.observations for episode in buffer.episodes]),
                                   part["observations"])  # fmt: skip
-    with pytest.raises(SystemExit):  # it is there
-        cli.main()
+    before = path.read_bytes()
+    assert exported(monkeypatch, "d3rlpy", path) == 2
+    assert "exists; choose another path" in capfd.readouterr().err and path.read_bytes() == before

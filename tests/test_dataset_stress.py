@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import lede_env
+from lede_env import cli
 from lede_env.data.trajectory_file import checksum, read_trajectories
-from lede_env.data.trajectory_layout import locked
+from lede_env.data.trajectory_layout import locked, temporary
 from lede_env.errors import LedeError
 from lede_env.offline import making
 from lede_env.offline.making import is_whole, make, verify
@@ -103,6 +104,112 @@ def _often(*args, **kwargs):
     from lede_env.data.trajectory_file import TrajectoryWriter
 
     return TrajectoryWriter(*args, **kwargs, chunk_rows=256)
+
+
+# --- --force
+
+
+def tool(monkeypatch, *command):
+    """`lede dataset ...`; returns its exit status."""
+    monkeypatch.setattr("sys.argv", ["lede", "dataset", *map(str, command)])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A dataset of four episodes that somebody wants to replace."""
+    return make(recipe_of("tiny/random-v0"), tmp_path / "old.h5", 4)
+
+
+def test_force_replaces_a_dataset_and_through_a_link_what_it_names(old, monkeypatch):
+    link = old.with_name("link.h5")
+    link.symlink_to(old)
+    temporary(old).write_text("what a killed run left")
+    assert tool(monkeypatch, "make", NAME, "--episodes", 5, "--out", link, "--force") == 0
+    content = read_trajectories(old)
+    assert content.n_episodes == 5 and content.attributes["dataset"] == NAME and link.is_symlink() and is_whole(link)
+    assert sorted(file.name for file in old.parent.iterdir()) == ["link.h5", "old.h5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--episodes", "-1"), "episodes=-1 must be at least 1"),
+        (("--episodes", "0"), "episodes=0 must be at least 1; leave it out for the 331 of tiny/mixed-v0"),
+        (("--resume",), "choose one of them"),
+        (("--workers", "2"), "--workers does not take --force"),
+        (("--workers", "2", "--uncompressed", "--resume"), "--workers does not take --resume, --force, --uncompressed"),
+        (("--gpus-per-worker", "1"), "--gpus-per-worker 1 is of workers"),
+    ],
+)
+def test_force_with_bad_arguments_touches_nothing(old, monkeypatch, capfd, arguments, said):
+    before = old.read_bytes()
+    assert tool(monkeypatch, "make", NAME, "--out", old, "--force", *arguments) == 2
+    assert said in capfd.readouterr().err and old.read_bytes() == before
+    assert [file.name for file in old.parent.iterdir()] == ["old.h5"]
+
+
+def test_force_replaces_nothing_but_datasets(tmp_path, monkeypatch, capfd):
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("Chapter 1")
+    assert tool(monkeypatch, "make", NAME, "--out", thesis, "--force") == 2
+    assert "force replaces nothing but trajectory files" in capfd.readouterr().err and thesis.read_text() == "Chapter 1"
+    for more in ((), ("--force",)):
+        assert tool(monkeypatch, "make", NAME, "--out", tmp_path, *more) == 2
+        assert f"{tmp_path} is a folder; name a file in it" in capfd.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_make_all_replaces_by_force_alone(tmp_path, old, monkeypatch, capfd):
+    (tmp_path / "tiny").mkdir()
+    other = tmp_path / "tiny" / "static-v0.h5"
+    other.write_bytes(old.read_bytes())
+    assert tool(monkeypatch, "make", "all", "--out", tmp_path) == 2
+    assert "has tiny/static-v0; replace them by --force" in capfd.readouterr().err
+    assert [file.name for file in other.parent.iterdir()] == ["static-v0.h5"]
+    assert tool(monkeypatch, "make", "all", "--out", tmp_path, "--episodes", 0) == 2
+
+
+def test_force_waits_for_no_other_writer_and_harms_none(old, monkeypatch, capfd):
+    before = old.read_bytes()
+    with locked(old):
+        assert tool(monkeypatch, "make", NAME, "--episodes", 5, "--out", old, "--force") == 2
+        assert "being written by another process" in capfd.readouterr().err and old.read_bytes() == before
+    during = []
+
+    def second(done, count):  # another process that forces too, while the first one is at work
+        if not during:
+            during.append(old.read_bytes())
+            with pytest.raises(LedeError, match="being written by another process"):
+                make(recipe_of("tiny/static-v0"), old, 3, force=True)
+
+    make(recipe_of(NAME), old, 5, force=True, progress=second)
+    assert during == [before] and read_trajectories(old).attributes["dataset"] == NAME and verify(old)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "raise OSError(errno.ENOSPC, 'full')"])
+def test_a_force_that_does_not_end_leaves_the_old_file(old, end):
+    before = old.read_bytes()
+    program = f"""
+import errno, os, signal
+from lede_env.offline.making import make
+from lede_env.offline.tiers import recipe_of
+def progress(done, count):
+    if done:
+        {end}
+make(recipe_of({NAME!r}), {str(old)!r}, 5, force=True, progress=progress)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert old.read_bytes() == before
+    if ended.returncode != -signal.SIGKILL:
+        assert "The file is what it was: free space" in ended.stderr and str(old) in ended.stderr
+        assert [file.name for file in old.parent.iterdir()] == ["old.h5"]
+    make(recipe_of(NAME), old, 5, force=True)
+    assert read_trajectories(old).n_episodes == 5 and not temporary(old).exists()
 
 
 # --- several workers

@@ -115,7 +115,8 @@ class Dataset(Trajectories):
         return self.take(np.array([bool(keep(episode)) for episode in self.episodes()], bool))
 
     def split(self) -> dict[str, Dataset]:
-        """The parts whose prompts are for "train", "validation" and "test"; those that have episodes."""
+        """The parts whose prompts are for "train", "validation" and "test"; those that have episodes. The attribute
+        `part` of each is its name."""
         members = self.attributes.get("prompt_splits")
         if members is None:
             raise LedeError(f"{self!r} does not say which prompts are for training; record it again")
@@ -124,7 +125,11 @@ class Dataset(Trajectories):
             of_prompt[members[name]] = number
         of_episode = of_prompt[self["prompt_id"][self.bounds[:-1]]]  # (E,)
         parts = {name: self.take(of_episode == number) for number, name in enumerate(SPLITS)}
-        return {name: part for name, part in parts.items() if part.n_episodes}
+        return {
+            name: Dataset(part.arrays, {**part.attributes, "part": name}, part.prompt_ids, part.n_rows)
+            for name, part in parts.items()
+            if part.n_episodes
+        }
 
     def select(self, features: str | Sequence[str]) -> Dataset:
         """With some features alone: "paper", "extended" (all) or a tuple of names."""

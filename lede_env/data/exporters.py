@@ -8,16 +8,21 @@ is 0, as a terminal state, so that nothing is bootstrapped across stopping probl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import redirect_stderr
-from io import StringIO
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, suppress
+from io import BytesIO, StringIO
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 
-from lede_env.data.dataset import Dataset
-from lede_env.data.trajectory_layout import COLUMNS, TABLES
+from lede_env.data.dataset import PROBLEM, Dataset
+from lede_env.data.trajectory_layout import COLUMNS, TABLES, temporary
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 BOUNDARIES = ("token", "prompt")
 # Columns that a Minari episode has in its own way; the others are its infos.
 _MINARI = ("observations", "actions", "rewards", "terminals", "timeouts")
+_MINARI_OVERHEAD = 50_000  # bytes an episode, at most
+_PROBED = 1 << 20
 _ATTRIBUTES = "lede_attributes"  # of a Minari dataset: ours, as JSON
 
 
@@ -141,31 +148,73 @@ def to_rlds(dataset: Dataset) -> Iterator[dict[str, Any]]:
         yield {"steps": steps, "prompt_id": dataset.prompt_ids[episode.prompt_id[0]]}
 
 
+def write_d3rlpy(dataset: Dataset, path: str | os.PathLike, boundary: str = "token") -> None:
+    """`to_d3rlpy` into an .h5 file, whole or not at all; `ReplayBuffer.load` of d3rlpy reads it.
+
+    Raises:
+        LedeError: as `to_d3rlpy`; the file exists, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise LedeError(f"{path} exists; choose another path, or remove it")
+    content = BytesIO()  # HDF5 leaks a file that it fails to write
+    to_d3rlpy(dataset, boundary).dump(content)
+    target = temporary(path)
+    try:
+        target.write_bytes(content.getbuffer())
+        target.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            target.unlink()
+        if isinstance(error, OSError):
+            raise _unwritten(path, error) from error
+        raise
+
+
+def _unwritten(path: Path, error: Exception) -> LedeError:
+    code = getattr(error, "errno", None)
+    reason = os.strerror(code) if code else error  # HDF5's own message is a paragraph
+    return LedeError(
+        f"{path} cannot be written: {reason}. Nothing is left of it: free space or lift the limit, then try again"
+    )
+
+
 def to_minari(dataset: Dataset, dataset_id: str, **about: Any) -> MinariDataset:
     """Into Minari's local storage, as whole prompts; `minari.load_dataset(dataset_id)` gives it again, in any process,
-    and `recover_environment()` makes its environment.
+    and `recover_environment()` makes its environment, of a part the part's; where that cannot be made here, a warning
+    says why, and the export has none.
 
     Args:
         dataset_id: as Minari wants it, such as "lede/tiny-random-v0".
         about: `author`, `description` and so on, of `minari.create_dataset_from_buffers`.
 
     Raises:
-        LedeError: no episodes, Minari is not installed, or it refuses the id.
+        LedeError: no episodes, Minari is not installed or refuses the id, or its storage has no room (nothing is left).
     """
     minari = _import_minari()
-    env = gym.make(f"lede_env:{dataset.attributes['env_id']}", **_env_kwargs(dataset))
     buffers = [_minari_buffer(minari, number, episode) for number, episode in enumerate(dataset.episodes())]
     if not buffers:
         raise LedeError(f"{dataset!r} has nothing to export")
     about = {"algorithm_name": str(dataset.attributes.get("policy", "unknown")), **about}
-    try:
-        made = minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about, **_spaces(env))
-    except ValueError as error:
-        raise LedeError(f"Minari does not take {dataset_id!r}: {error}") from error
-    finally:
-        env.close()
     extra = {**dataset.attributes, "prompt_ids": dataset.prompt_ids}
-    made.storage.update_metadata({_ATTRIBUTES: json.dumps(extra)})
+    path = minari.storage.get_dataset_path(dataset_id)
+    known = path.exists()  # Minari refuses it, and it is not ours to remove
+    env = _environment(dataset)
+    try:
+        _check_room(minari.storage.get_dataset_path(), buffers)
+        made = minari.create_dataset_from_buffers(dataset_id, buffers, env=env, **about, **_spaces(dataset, env))
+        made.storage.update_metadata({_ATTRIBUTES: json.dumps(extra)})
+    except BaseException as error:
+        if not known:
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError):  # h5py has either where it cannot write
+            raise _unwritten(path, error) from error
+        if isinstance(error, ValueError):
+            raise LedeError(f"Minari does not take {dataset_id!r}: {error}") from error
+        raise
+    finally:
+        if env is not None:
+            env.close()
     return minari.load_dataset(dataset_id)
 
 
@@ -224,16 +273,75 @@ def _minari_buffer(minari: Any, number: int, episode: Any) -> Any:
     )
 
 
-def _spaces(env: gym.Env) -> dict[str, Any]:
+def _check_room(folder: Path, buffers: Sequence[Any]) -> None:
+    """Raise an OSError unless what Minari writes fits: HDF5 ends the process by a crash where it cannot write.
+
+    What it takes beyond the arrays was measured (Minari 0.5.4): 37 to 48 KB an episode.
+    """
+    arrays = [
+        array
+        for one in buffers
+        for array in (
+            one.observations,
+            one.actions,
+            one.rewards,
+            one.terminations,
+            one.truncations,
+            *one.infos.values(),
+        )
+    ]
+    n = sum(array.nbytes for array in arrays) + _MINARI_OVERHEAD * len(buffers)
+    with TemporaryFile(dir=folder) as probe:
+        for begin in range(0, n, _PROBED):
+            probe.write(bytes(min(_PROBED, n - begin)))
+        probe.flush()
+
+
+def _spaces(dataset: Dataset, env: gym.Env | None) -> dict[str, gym.Space]:
+    """Those of the environment; without one, of numbers whose bounds are not known."""
+    if env is None:
+        observations = gym.spaces.Box(-np.inf, np.inf, (len(dataset.features),), np.float32)
+        return {"observation_space": observations, "action_space": gym.spaces.Discrete(2)}
     return {"observation_space": env.observation_space, "action_space": env.action_space}
 
 
-def _env_kwargs(dataset: Dataset) -> dict[str, Any]:
-    """The arguments that make the dataset's environment, on the shipped trace."""
-    spec = gym.spec(dataset.attributes["env_id"])
-    known = {name: value for name, value in dataset.attributes.items() if name in spec.kwargs}
-    changed = {name: value for name, value in known.items() if _plain(value) != _plain(spec.kwargs[name])}
-    return {**changed, "features": tuple(dataset.features), "backend": "trace"}
+def _environment(dataset: Dataset) -> gym.Env | None:
+    """The dataset's environment, of its part: on the shipped trace, else live; None, with a warning, if neither can be
+    made or is of the same problem and prompts."""
+    reasons = []
+    for backend in ("trace", "live"):
+        try:
+            env = _make(dataset, backend)
+            different = _different(dataset, env)
+            if not different:
+                part = dataset.attributes.get("part")
+                return _make(dataset, backend, split=part) if part else env
+            reasons.append(f"on the {backend} backend its {', '.join(different)} differ")
+        except LedeError as error:
+            reasons.append(f"on the {backend} backend: {error}")
+    warnings.warn(
+        f"{dataset!r} is exported without an environment to recover, as it cannot be made here from what the dataset "
+        f"says of itself: {'; '.join(reasons)}",
+        stacklevel=4,
+    )
+    return None
+
+
+def _make(dataset: Dataset, backend: str, **changes: Any) -> gym.Env:
+    """The environment that the attributes describe; joined recordings of several splits are of all of them."""
+    env_id = dataset.attributes["env_id"]
+    pinned = gym.spec(env_id).kwargs
+    said = {"split": "all", **dataset.attributes, **changes}
+    known = {name: value for name, value in said.items() if name in pinned}
+    changed = {name: value for name, value in known.items() if _plain(value) != _plain(pinned[name])}
+    return gym.make(f"lede_env:{env_id}", **{**changed, "features": tuple(dataset.features), "backend": backend})
+
+
+def _different(dataset: Dataset, env: gym.Env) -> list[str]:
+    """What defines the problem and its prompts and is not what the dataset says."""
+    found, said = env.unwrapped.attributes, dataset.attributes  # type: ignore[attr-defined]
+    names = [name for name in (*PROBLEM, "prompts_digest") if name in found and name in said]
+    return [name for name in names if _plain(found[name]) != _plain(said[name])]
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +84,7 @@ def make(
         out: the file; by default where load_dataset looks. With workers, a folder.
         episodes: how many; more than the default plays the prompts again with other coins.
         resume: go on with what a killed run left.
-        force: replace what is there.
+        force: replace the trajectory file that is there, once the new one is whole.
         uncompressed: larger on disk, but it can be memory-mapped.
         workers: Ray workers that share the episodes; 0 is this process alone.
         gpus_per_worker: see workers.
@@ -96,23 +95,36 @@ def make(
     from lede_env.offline.tiers import recipe_of
 
     if name == "all":
-        if episodes or resume or uncompressed or workers:
+        if episodes is not None or resume or uncompressed or workers or gpus_per_worker:
             raise LedeError("`lede dataset make all` takes no arguments but --out and --force")
         make_all(out or Path("datasets"), force)
         return
     recipe = recipe_of(name)
     if workers:
+        _check_of_workers(resume=resume, force=force, uncompressed=uncompressed)
         folder = out or cached(name).with_suffix("")
         with episode_bar(f"collecting {name}, parts") as progress:
             collect(recipe, folder, episodes, workers, gpus_per_worker=gpus_per_worker, progress=progress)
         console.print(f"{folder}: load it by lede_env.load_dataset({str(folder)!r})", highlight=False, markup=False)
         return
+    if gpus_per_worker:
+        raise LedeError(f"--gpus-per-worker {gpus_per_worker:g} is of workers; give --workers N too, or leave it out")
     path = out or cached(name)
-    if force:
-        path.unlink(missing_ok=True)
     with episode_bar(f"making {name}") as progress:
-        make_file(recipe, path, episodes, resume=resume, compressed=not uncompressed, progress=progress)
+        make_file(
+            recipe, path, episodes, resume=resume, force=force, compressed=not uncompressed, progress=progress
+        )  # fmt: skip
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
+
+
+def _check_of_workers(**chosen: bool) -> None:
+    """Raise a LedeError that names what was chosen and workers do not take."""
+    given = ", ".join(f"--{name}" for name, value in chosen.items() if value)
+    if given:
+        raise LedeError(
+            f"--workers does not take {given}: parts are always uncompressed, and always go on with what their folder "
+            "holds; leave it out, and to begin anew choose another folder by --out"
+        )
 
 
 def make_all(folder: Path, force: bool) -> None:
@@ -120,6 +132,9 @@ def make_all(folder: Path, force: bool) -> None:
     from lede_env.offline.cards import write_catalogue
     from lede_env.offline.tiers import SHIPPED
 
+    there = [name for name in SHIPPED if (folder / f"{name}.h5").exists()]
+    if there and not force:
+        raise LedeError(f"{folder} has {', '.join(there)}; replace them by --force, or choose another folder by --out")
     for name in SHIPPED:
         make(name, out=folder / f"{name}.h5", force=force)
     with episode_bar("cards") as progress:
@@ -175,17 +190,18 @@ def export(
         split: train, validation, test or all.
         features: extended or paper.
     """
+    from lede_env.data.exporters import write_d3rlpy
     from lede_env.offline.loading import load_dataset
+    from lede_env.recording import check_output
 
+    if to == "d3rlpy":
+        check_output(Path(out))
     dataset = load_dataset(name, split, features)
     if to == "minari":
         dataset.to_minari(out)
         console.print(f"minari.load_dataset({out!r})", highlight=False, markup=False)
         return
-    if os.path.exists(out):
-        raise LedeError(f"{out} exists; choose another path, or remove it")
-    with open(out, "w+b") as file:
-        dataset.to_d3rlpy().dump(file)
+    write_d3rlpy(dataset, out)
     console.print(f"d3rlpy.dataset.ReplayBuffer.load({out!r}, d3rlpy.dataset.InfiniteBuffer())", highlight=False,
                   markup=False)  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,20 @@ import numpy as np
 
 from lede_env.data.registry import default_trace, load_trace
 from lede_env.data.trajectory_file import PROVENANCE, checksum, read_trajectories, rewrite
+from lede_env.data.trajectory_layout import locked, open_checked, temporary
 from lede_env.errors import LedeError
 from lede_env.offline.tiers import NAMES, Recipe, recipe_of
 from lede_env.oracles import Oracle
 from lede_env.policies import check_compatible
-from lede_env.recording import Act, log_episodes, make_player_envs, policy_act, policy_digest, run_attributes
+from lede_env.recording import (
+    Act,
+    check_output,
+    log_episodes,
+    make_player_envs,
+    policy_act,
+    policy_digest,
+    run_attributes,
+)
 from lede_env.validation import Validation, attribute, validate
 
 LANES = 256  # episodes played together
@@ -50,6 +61,7 @@ def make(
     *,
     first: int = 0,
     resume: bool = False,
+    force: bool = False,
     compressed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -58,26 +70,77 @@ def make(
     Args:
         episodes: how many; by default what the recipe says.
         resume: go on with the file that a killed run left; one that is whole is left as it is.
+        force: replace the trajectory file that is there, once the new one is whole.
         compressed: small; if not, a large file can be memory-mapped.
         progress: called with the episodes that are over, and how many there will be.
 
     Raises:
-        LedeError: the file exists and `resume` is off, is of another recipe, or a bad argument.
-        OSError: disk full or the like; what was committed is intact, and `resume` goes on.
+        LedeError: the file exists and `resume` and `force` are off, is of another recipe or, for `force`, no trajectory
+            file or being written; or a bad argument.
+        OSError: disk full or the like; what was committed is intact, and `resume` goes on. With `force`, the file is
+            what it was.
     """
     out = Path(out)
+    count = episode_count(recipe, episodes)
+    if first < 0:
+        raise LedeError(f"first={first} must not be negative")
+    if resume and force:
+        raise LedeError("resume goes on with a file and force replaces it; choose one of them")
+    check_output(out)
+    if force and out.exists():
+        with _replacing(out.resolve()) as target:  # renaming onto a link would replace the link
+            _play(recipe, target, count, first, False, compressed, progress)
+    else:
+        _play(recipe, out, count, first, resume, compressed, progress)
+    return out
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Where to make the file that then takes the place of `out`, which is locked until then and kept on an error."""
+    try:
+        open_checked(out).close()
+    except LedeError as error:
+        raise LedeError(
+            f"force replaces nothing but trajectory files: {error}. Choose another path, or remove the file yourself"
+        ) from error
+    target = temporary(out)
+    with locked(out):
+        with suppress(FileNotFoundError):  # what a killed run left
+            target.unlink()
+        try:
+            yield target
+            os.replace(target, out)
+        except BaseException as error:
+            with suppress(OSError):
+                target.unlink()
+            if not isinstance(error, OSError):
+                raise
+            code = error.errno or errno.EIO
+            message = f"cannot write: {os.strerror(code)}. The file is what it was: free space or lift the limit, then"
+            raise OSError(code, f"{message} try again", str(out)) from error
+
+
+def _play(
+    recipe: Recipe,
+    out: Path,
+    count: int,
+    first: int,
+    resume: bool,
+    compressed: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """The whole of `make`, its arguments checked, into a path that no file has or that is to be resumed."""
     envs = make_player_envs(recipe.problem.env_id, LANES, **recipe.problem.env_kwargs)
     try:
         core: Any = envs.unwrapped
         known = core.attributes
         for policy in recipe.behaviours:
             check_compatible(policy, known["model_fingerprint"], known["candidate_layers"], core.features, known["mdp"])
-        count = episodes or default_episodes(recipe)
-        if count < 1 or first < 0:
-            raise LedeError(f"episodes={count} must be at least 1, and first={first} must not be negative")
         attributes = run_attributes(envs, **_attributes(recipe, first))
         if resume and is_whole(out):
-            return _whole(out, attributes, count)
+            _check_whole(out, attributes, count)
+            return
         log_episodes(
             envs, recipe_act(recipe, envs), range(first, first + count), out, attributes, resume=resume,
             progress=(lambda done: progress(done, count)) if progress else None,
@@ -85,7 +148,6 @@ def make(
     finally:
         envs.close()
     rewrite(out, {"checksum": checksum(read_trajectories(out).arrays)}, compressed)
-    return out
 
 
 def is_whole(path: Path) -> bool:
@@ -96,6 +158,15 @@ def is_whole(path: Path) -> bool:
 def default_episodes(recipe: Recipe) -> int:
     """How many episodes the dataset of a name has."""
     return recipe.episodes or len(load_trace(recipe.problem.trace).prompt_ids)
+
+
+def episode_count(recipe: Recipe, episodes: int | None) -> int:
+    """How many episodes to play: those asked for, by default as many as the dataset has; a LedeError below 1."""
+    count = default_episodes(recipe) if episodes is None else episodes
+    if count < 1:
+        own = default_episodes(recipe)
+        raise LedeError(f"episodes={count} must be at least 1; leave it out for the {own} of {recipe.name}")
+    return count
 
 
 def _attributes(recipe: Recipe, first: int) -> dict[str, Any]:
@@ -115,8 +186,8 @@ def _attributes(recipe: Recipe, first: int) -> dict[str, Any]:
     }
 
 
-def _whole(out: Path, attributes: dict[str, Any], count: int) -> Path:
-    """The finished file, if it is the one asked for."""
+def _check_whole(out: Path, attributes: dict[str, Any], count: int) -> None:
+    """Raise a LedeError unless the finished file is the one asked for."""
     content = read_trajectories(out, columns=())
     different = [name for name in ("dataset", "seed", "first_episode", "behaviour_digests", "trace_digest")
                  if content.attributes.get(name) != attributes[name]]  # fmt: skip
@@ -125,7 +196,6 @@ def _whole(out: Path, attributes: dict[str, Any], count: int) -> Path:
             f"{out} is whole, with {content.n_episodes} episodes, and not the {count} asked for"
             f"{' (' + ', '.join(different) + ' differ)' if different else ''}; choose another path, or remove it"
         )
-    return out
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from lede_env.data.dataset import Dataset, read_dataset
 from lede_env.data.trajectory_file import read_trajectories
 from lede_env.errors import LedeError
-from lede_env.offline.making import default_episodes, make
+from lede_env.offline.making import episode_count, make
 from lede_env.offline.tiers import Recipe
 
 INDEX = "index.json"
@@ -53,14 +53,14 @@ def collect(
         progress: called with how many parts are whole, and how many there are.
 
     Raises:
-        LedeError: Ray is not installed, fewer episodes than workers, or the folder holds another dataset.
+        LedeError: Ray is not installed, no episodes or fewer than workers, or the folder holds another dataset.
     """
+    count = episode_count(recipe, episodes)
     try:
         import ray
     except ImportError as error:
         raise LedeError(f"collecting with workers needs an extra: pip install 'lede-env[ray]' ({error})") from error
     folder = Path(folder).resolve()
-    count = episodes or default_episodes(recipe)
     if not 1 <= workers <= count:
         raise LedeError(f"workers={workers} for {count} episodes; give between 1 and as many workers as episodes")
     folder.mkdir(parents=True, exist_ok=True)
