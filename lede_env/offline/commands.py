@@ -165,7 +165,7 @@ def verify(names: Positional[tuple[str, ...]], /) -> None:
     wrong = []
     for path in files:
         found = verify_file(path)
-        console.print(f"{path}: {'good' if found else 'WRONG'}\n{found}", highlight=False, markup=False)
+        console.print(f"{path}: {'good' if found else 'WRONG'}\n{found}", highlight=False, markup=False, soft_wrap=True)
         wrong += [] if found else [str(path)]
     if wrong:
         raise LedeError(f"not what they should be: {', '.join(wrong)}; make them again by `lede dataset make`")
