@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lede_env.errors import LedeError
 from lede_env.offline.scoring import Bench
 from lede_env.offline.tiers import COLLECTORS, PROBLEMS, TIERS, Problem, static_policy
 from lede_env.oracles import DraftTable, ExitTable, ask
-from lede_env.policies import EpsilonGreedy, ExitPolicy, MLPPolicy
+from lede_env.policies import EpsilonGreedy, ExitPolicy, MLPPolicy, made_for
 from lede_env.recording import make_player_envs, play, policy_act
 
 
@@ -226,8 +226,7 @@ def train_replay(
     training = set(core.attributes["prompt_splits"]["train"])
     learner: Learner | None = None
     policy = MLPPolicy.random(core.features, args.hidden, args.seed)  # its epsilon is 1: it is never asked
-    known = {name: core.attributes[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name")}
-    policy = MLPPolicy(**{**vars(policy), **known, "candidate_layers": tuple(core.attributes["candidate_layers"])})
+    policy = replace(policy, **made_for(core.attributes))
     try:
         for block in range(args.blocks):
             epsilon = round(max(args.epsilon, 1 - block * (1 - args.epsilon) / args.anneal), 6)

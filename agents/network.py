@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from agents.task import advantage_layers, linear_layers
-from lede_env.policies import MLPPolicy
+from lede_env.policies import MLPPolicy, made_for
 
 
 class Network:
@@ -61,10 +61,8 @@ class Network:
         layers = advantage_layers(self.layers) if self.layers[-1].out_features == 1 else linear_layers(self.layers)
         weights, biases = (tuple(array.copy() for array in arrays) for arrays in layers)  # training goes on
         return MLPPolicy(
-            weights, biases, self.mean, self.std, tuple(features), known["mdp"],
-            tuple(known["candidate_layers"]), known["n_layers"], known["model_fingerprint"], known["model_name"],
-            dict(training),
-        )  # fmt: skip
+            weights, biases, self.mean, self.std, features=tuple(features), training=dict(training), **made_for(known)
+        )
 
 
 def normaliser(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

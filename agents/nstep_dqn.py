@@ -29,7 +29,7 @@ from lede_env.arguments import clear_errors
 from lede_env.data.trajectory_file import Episode, Trajectories, TrajectoryWriter, read_trajectories
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
-from lede_env.policies import EXIT, MLPPolicy
+from lede_env.policies import EXIT, MLPPolicy, made_for
 from lede_env.recording import make_player_envs, play, run_attributes
 
 
@@ -397,9 +397,8 @@ def export_policy(learner: Learner, attributes: Mapping[str, Any]) -> MLPPolicy:
         mean=learner.mean,
         std=learner.std,
         features=learner.features,
-        candidate_layers=tuple(attributes["candidate_layers"]),
-        **{name: attributes[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name")},
         training={"agent": "nstep_dqn", "updates": learner.updates, "args": settings},
+        **made_for(attributes),
     )
 
 

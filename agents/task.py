@@ -21,7 +21,7 @@ from lede_env.data.dataset import Dataset
 from lede_env.errors import LedeError
 from lede_env.evaluation import Evaluation
 from lede_env.oracles import DraftTable, ExitTable
-from lede_env.policies import EXIT, ExitPolicy, MLPPolicy
+from lede_env.policies import EXIT, ExitPolicy, MLPPolicy, made_for
 
 BATCH = 256  # transitions an update, for all agents that do not say otherwise
 
@@ -164,17 +164,13 @@ class Task:
         weights: an (outputs, inputs) array a layer, biases: (outputs,); ReLU between them, 2 outputs, the values of
         continuing and exiting. training: how it was made, JSON values only.
         """
-        mean, std = self.normaliser
-        known = self.attributes
         return MLPPolicy(
             tuple(np.array(weight, np.float32) for weight in weights),
             tuple(np.array(bias, np.float32) for bias in biases),
-            mean,
-            std,
-            self.features,
-            candidate_layers=tuple(known["candidate_layers"]),
-            **{name: known[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name")},
+            *self.normaliser,
+            features=self.features,
             training={**training, "seed": self.seed},
+            **made_for(self.attributes),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lede_env.errors import LedeError
-from lede_env.policies import TreePolicy
+from lede_env.policies import TreePolicy, made_for
 from lede_env.policies.tree import LEAF
 
 
@@ -37,9 +37,12 @@ class Tree:
         """
         grown = self.tree.tree_
         return TreePolicy(
-            np.where(grown.children_left < 0, LEAF, grown.feature).astype(np.int32), grown.threshold.copy(),
-            grown.children_left.astype(np.int32), grown.children_right.astype(np.int32),
-            grown.value[:, 0, 0].astype(np.float32), tuple(features), known["mdp"],
-            tuple(known["candidate_layers"]), known["n_layers"], known["model_fingerprint"], known["model_name"],
-            dict(training),
-        )  # fmt: skip
+            feature=np.where(grown.children_left < 0, LEAF, grown.feature).astype(np.int32),
+            threshold=grown.threshold.copy(),
+            left=grown.children_left.astype(np.int32),
+            right=grown.children_right.astype(np.int32),
+            advantage=grown.value[:, 0, 0].astype(np.float32),
+            features=tuple(features),
+            training=dict(training),
+            **made_for(known),
+        )

@@ -97,7 +97,8 @@ def compare(
         "transformers, assistant_early_exit={}, best: {} tokens, threshold {}".format(*early): early,
     }
     methods: dict[str, Method] = {
-        name: peer_method(args, temperature, reference, setting) for name, setting in peer.items()
+        name: transformers_method(reference, args.max_new_tokens, setting, temperature, args.seed)
+        for name, setting in peer.items()
     }
     own = {
         "Autoregressive": lede_env.Autoregressive(),
@@ -117,17 +118,15 @@ def compare(
     return [{"T": temperature, **row} for row in table(timings)], sweeps
 
 
-def peer_method(args: Args, temperature: float, model, early_exit: tuple[int, int, float] | None) -> Method:
-    return transformers_method(model, args.max_new_tokens, early_exit, temperature, args.seed)
-
-
 def best_early_exit(
     args: Args, temperature: float, model, prompts: list[tuple[int, list[int]]], console: Console
 ) -> tuple[tuple[int, int, float], dict[str, list[float]]]:
     """The fastest assistant_early_exit setting, all timed once and the best few again, and every timing's tokens/s."""
 
     def timed(settings, prompts, repeats) -> dict[tuple[int, int, float], float]:
-        methods: dict[str, Method] = {str(s): peer_method(args, temperature, model, s) for s in settings}
+        methods: dict[str, Method] = {
+            str(s): transformers_method(model, args.max_new_tokens, s, temperature, args.seed) for s in settings
+        }
         timings = time_methods(methods, prompts, repeats, console)
         return {s: timings[str(s)].tokens_per_second for s in settings}
 

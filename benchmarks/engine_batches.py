@@ -22,9 +22,9 @@ import lede_env
 from benchmarks.engine_roofline import filler
 from benchmarks.harness import machine, print_table, results_folder, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.decoding.generate import Generation
 from lede_env.decoding.strategies import Autoregressive, Lede, Strategy, parse_strategy
+from lede_env.display.progress import progress_bar
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
 

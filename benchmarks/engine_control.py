@@ -24,9 +24,9 @@ from rich.console import Console
 import lede_env
 from benchmarks.harness import Timing, machine, print_table, results_folder, speedup_interval, write_results
 from lede_env.arguments import clear_errors
-from lede_env.cli import progress_bar
 from lede_env.decoding.generate import Generation
 from lede_env.decoding.strategies import Control, Lede, Strategy
+from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance import derive_seed
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError

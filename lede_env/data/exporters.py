@@ -313,9 +313,12 @@ def _environment(dataset: Dataset) -> gym.Env | None:
         try:
             env = _make(dataset, backend)
             different = _different(dataset, env)
+            part = dataset.attributes.get("part")
+            if not (different or part):
+                return env
+            env.close()
             if not different:
-                part = dataset.attributes.get("part")
-                return _make(dataset, backend, split=part) if part else env
+                return _make(dataset, backend, split=part)
             reasons.append(f"on the {backend} backend its {', '.join(different)} differ")
         except LedeError as error:
             reasons.append(f"on the {backend} backend: {error}")

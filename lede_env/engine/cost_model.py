@@ -158,7 +158,7 @@ def _best(lm, x) -> object:
     return lm.logits(x).argmax(-1)
 
 
-def _draft_pieces(lm) -> dict[str, Callable[[], object]]:
+def _drafting(lm) -> tuple[Callable[[], object], Callable[[], object]]:
     """Drawing a draft from a row of logits as the decoder does; and that with the policy's answer about it.
 
     The policy is the one that ships with the model, else a network of two layers of 64 on the extended features.
@@ -178,7 +178,7 @@ def _draft_pieces(lm) -> dict[str, Callable[[], object]]:
         signals.token = signals.best
         return signals
 
-    return {"draft": draft, "draft and decision": lambda: policy.exits(draft(lookup.guess()))}
+    return draft, lambda: policy.exits(draft(lookup.guess()))
 
 
 def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
@@ -186,10 +186,13 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
     import torch
 
     pieces: dict[str, Callable[[], object]] = {}
-    drafting = iter(_draft_pieces(lm).items())
+    draft, draft_and_decision = _drafting(lm)
     for width in range(1, DRAFT_CAP + 2):
-        if width in (2, DRAFT_CAP):  # far apart, with all weights read in between: a decoder finds its caches cold too
-            pieces |= [next(drafting)]
+        # Far apart, with all weights read in between: a decoder finds its caches cold too.
+        if width == 2:
+            pieces["draft"] = draft
+        elif width == DRAFT_CAP:
+            pieces["draft and decision"] = draft_and_decision
         x = torch.randn(1, width, lm.geometry.hidden, device=lm.device, dtype=lm.dtype)
         span = session.cache.span([0], [context], width)
         pieces[f"layer {width}"] = partial(lm.run, x, session.cache, span, 0, lm.n_layers)

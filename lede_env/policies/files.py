@@ -34,7 +34,6 @@ SHIPPED = {"tiny": _TINY / "policy", "tiny-h200": _TINY / "policy_h200"}
 _SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
     "kind": [MLPPolicy.kind, MaskedMLPPolicy.kind, TreePolicy.kind],
-    "activation": ["relu", None],
     "state_reset": ["none"],
 }
 
@@ -105,7 +104,8 @@ def _read_card(file: Path) -> dict[str, Any]:
         raise LedeError(f"{file} is not valid JSON ({error}); export the policy again") from error
     if not isinstance(card, dict):
         raise LedeError(f"{file} is not a JSON object; export the policy again")
-    for key, supported in _SUPPORTED.items():
+    of_networks: dict[str, list[Any]] = {} if card.get("kind") == TreePolicy.kind else {"activation": ["relu"]}
+    for key, supported in (_SUPPORTED | of_networks).items():
         if card.get(key) not in supported:
             raise LedeError(
                 f"{file} has {key}={card.get(key)!r}; this version of lede_env runs {supported}, "

@@ -32,16 +32,10 @@ class MLPPolicy(TrainedPolicy):
     biases: tuple[np.ndarray, ...]
     mean: np.ndarray
     std: np.ndarray
-    features: tuple[str, ...]
-    mdp: str
-    candidate_layers: tuple[int, ...]
-    n_layers: int
-    model_fingerprint: str
-    model_name: str
-    training: dict[str, Any] = field(default_factory=dict)
     kind: ClassVar[str] = "mlp"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (len(self.features), *(len(bias) for bias in self.biases))
         shapes = [weight.shape for weight in self.weights]
         expected = [(outputs, inputs) for inputs, outputs in itertools.pairwise(sizes)]
@@ -49,7 +43,6 @@ class MLPPolicy(TrainedPolicy):
             raise LedeError(f"MLPPolicy on {sizes[0]} features has weights {shapes}; expected {expected}, 2 outputs")
         if self.mean.shape != (sizes[0],) or self.std.shape != (sizes[0],) or not (self.std > 0).all():
             raise LedeError(f"MLPPolicy needs a mean and a positive std for each of {self.features}")
-        self.check_mdp()
         if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases, self.mean, self.std)):
             raise LedeError("MLPPolicy has a weight or a normaliser that is not finite; its training diverged")
 

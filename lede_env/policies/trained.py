@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TrainedPolicy:
-    """An `ExitPolicy` that knows what it was trained on, and can be kept in a file. Its kinds are dataclasses with:
+    """An `ExitPolicy` that knows what it was trained on, and can be kept in a file.
 
     features, mdp ("exit" | "draft"), candidate_layers, n_layers, model_fingerprint, model_name: what it was
         trained on. training: anything worth keeping about how, JSON values only.
@@ -31,8 +33,12 @@ class TrainedPolicy:
     n_layers: int
     model_fingerprint: str
     model_name: str
-    training: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
     kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.mdp not in ("exit", "draft"):
+            raise LedeError(f"{type(self).__name__} mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         """(N, F) -> (N,) probability of `EXIT`: 0 or 1."""
@@ -49,7 +55,7 @@ class TrainedPolicy:
     def relabelled(self, n_layers: int) -> Self:
         """This policy on a geometry twin of its model, `n_layers` deep: its candidates are where their layers lie."""
         layers = tuple(twin_layer(layer, self.n_layers, n_layers) for layer in self.candidate_layers)
-        return replace(self, n_layers=n_layers, candidate_layers=layers)  # type: ignore[type-var]
+        return replace(self, n_layers=n_layers, candidate_layers=layers)
 
     def save(self, folder: str | Path) -> Path:
         """Write policy.json and policy.safetensors into `folder`, made if missing; returns the folder."""
@@ -76,7 +82,8 @@ class TrainedPolicy:
             "training": self.training,
         }
 
-    def check_mdp(self) -> None:
-        """Raise a LedeError unless the MDP is one of ours."""
-        if self.mdp not in ("exit", "draft"):
-            raise LedeError(f"{type(self).__name__} mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
+
+def made_for(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `TrainedPolicy` keeps of the environment it was trained in, by that environment's `attributes`."""
+    names = ("mdp", "n_layers", "model_fingerprint", "model_name")
+    return {name: attributes[name] for name in names} | {"candidate_layers": tuple(attributes["candidate_layers"])}

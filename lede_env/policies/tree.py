@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,17 +34,10 @@ class TreePolicy(TrainedPolicy):
     left: np.ndarray
     right: np.ndarray
     advantage: np.ndarray
-    features: tuple[str, ...]
-    mdp: str
-    candidate_layers: tuple[int, ...]
-    n_layers: int
-    model_fingerprint: str
-    model_name: str
-    training: dict[str, Any] = field(default_factory=dict)
     kind: ClassVar[str] = "tree"
 
     def __post_init__(self) -> None:
-        self.check_mdp()
+        super().__post_init__()
         nodes = len(self.feature)
         arrays = (self.feature, self.threshold, self.left, self.right, self.advantage)
         if nodes == 0 or any(array.shape != (nodes,) for array in arrays):
