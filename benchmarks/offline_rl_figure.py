@@ -15,6 +15,8 @@ import numpy as np
 from benchmarks.figures import BLUE, GREY, INK
 from benchmarks.rl_statistics import bootstrap, profile
 
+PROFILED = 6  # agents whose profiles are drawn, the best; more cannot be told apart
+
 
 def draw(rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, str], np.ndarray], path: Path) -> None:
     """One line of panels a set of features; rows: the leaderboard's, scores: (features, agent) -> (D, S)."""
@@ -23,14 +25,12 @@ def draw(rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, str], np.
     figure, axes = plt.subplots(
         len(groups), 2, figsize=(12, (1 + 0.24 * tallest) * len(groups)), constrained_layout=True, squeeze=False
     )
-    agents = sorted({row["agent"] for row in rows})
-    colours = {agent: plt.get_cmap("tab20").colors[place % 20] for place, agent in enumerate(agents)}
     for (left, right), group in zip(axes, groups, strict=True):
         own = [row for row in rows if row["features"] == group and np.isfinite(row["IQM"])]
         _intervals(left, own)
-        _profiles(right, {row["agent"]: scores[group, row["agent"]] for row in own}, colours)
+        _profiles(right, {row["agent"]: scores[group, row["agent"]] for row in own[:PROFILED]})
         left.set(title=f"{group} features: interquartile mean, 95 % interval", xlabel="normalised score")
-        right.set(title="share of runs that score higher", xlabel="normalised score", ylim=(0, 1))
+        right.set(title=f"share of runs that score higher, the best {PROFILED}", xlabel="normalised score", ylim=(0, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -46,11 +46,12 @@ def _intervals(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _profiles(axis: Any, scores: Mapping[str, np.ndarray], colours: Mapping[str, Any]) -> None:
-    """The share of runs above each level from that of random play on, and its interval as a band."""
-    share = profile(levels := np.linspace(0.0, max(runs.max() for runs in scores.values()) + 1.0, 120))
-    for agent, runs in scores.items():
-        axis.plot(levels, share(runs), color=colours[agent], linewidth=1.3, label=agent)
-        axis.fill_between(levels, *bootstrap(runs, share), color=colours[agent], alpha=0.12, linewidth=0)
-    axis.legend(frameon=False, fontsize=6, ncols=2, loc="lower left")
+def _profiles(axis: Any, scores: Mapping[str, np.ndarray]) -> None:
+    """The share of runs above each level, and its interval as a band."""
+    runs = np.concatenate([each.ravel() for each in scores.values()])
+    share = profile(levels := np.linspace(max(0.0, runs.min() - 1.0), runs.max() + 1.0, 120))
+    for agent, own in scores.items():
+        (line,) = axis.plot(levels, share(own), linewidth=1.5, label=agent)
+        axis.fill_between(levels, *bootstrap(own, share), color=line.get_color(), alpha=0.12, linewidth=0)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     axis.spines[["top", "right"]].set_visible(False)
