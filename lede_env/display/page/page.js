@@ -151,6 +151,10 @@ const ROWS = [
   ["entropy", "entropy", 2],
   ["margin", "margin", 2],
   ["trace", "trace", 2],
+  ["match", "match", 2],
+  ["echo", "echo", 2],
+  ["doubt", "doubt", 2],
+  ["drawn", "drawn", 2],
 ];
 
 function looksTable(item) {
