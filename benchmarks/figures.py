@@ -75,8 +75,8 @@ def exit_heat_map(out: Generation, n_layers: int, pieces: Sequence[str], path: P
         range(len(columns)), [piece_label(piece) for piece in pieces[: len(columns)]], rotation=90, fontsize=7
     )
     axis.set(ylabel="layers run while drafting", ylim=(0, n_layers), xlim=(-0.6, len(columns) - 0.4))
-    axis.set_title(f"{out.strategy} on {out.model}: E {out.metrics.E:.2f}, d {out.metrics.d:.2f}, "
-                   f"acceptance {out.metrics.acceptance:.2f}; lines part the rounds", fontsize=9, loc="left")  # fmt: skip
+    played = f"E {out.metrics.E:.2f}, d {out.metrics.d:.2f}, acceptance {out.metrics.acceptance:.2f}"
+    axis.set_title(f"{out.strategy} on {out.model}: {played}; lines part the rounds", fontsize=9, loc="left")
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
