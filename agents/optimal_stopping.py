@@ -49,7 +49,7 @@ class Args:
     traces: tuple[str, ...] = ("tiny-greedy-v0", "tiny-t0.6-v0")  # names or files; all count alike
     cost_model: str = "tiny-cpu"  # what time costs
     features: tuple[str, ...] = (  # what the policy observes
-        "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature", "drawn",
+        "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature", "drawn", "peril",
     )  # fmt: skip
     out: Path = Path("runs/optimal_stopping")  # folder for history.csv and policy/
     seed: int = 1  # one seed reproduces a run bit for bit

@@ -2,7 +2,7 @@
 
 On a model of six tokens all 6^6 texts of six tokens have known probabilities: a product of the model's own, from
 transformers in float64, after temperature and top-p. Every registered strategy samples many longer texts in batches;
-the joint frequencies of tokens 1 to 3 and of tokens 4 to 6 must fit. Three rules that are wrong on purpose must not.
+the joint frequencies of tokens 1 to 3 and of tokens 4 to 6 must fit. Four rules that are wrong on purpose must not.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from lede_env.engine import acceptance
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, speculative_matches
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import Counts
+from lede_env.engine.signals import Signals
 from lede_env.policies import RandomPolicy, ThresholdPolicy
 
 VOCAB = 6
@@ -46,6 +47,17 @@ LAYERS = 4
 SIGNIFICANT = 1e-3  # p-values below this are failures
 GRID = tuple(Sampling(temperature, top_p=top_p) for temperature in (0.6, 1.0) for top_p in (1.0, 0.9))
 
+
+class WaryPolicy:
+    """Stops drafting where the coins of the drafts drawn bode ill: what a policy may do, at its most extreme."""
+
+    features = ("phase", "margin", "peril")
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        phase, margin, peril = observations.T
+        return np.where(phase == 1.0, margin > 0.5, peril < -0.5).astype(np.float64)
+
+
 # What is tested of each strategy, on a model of LAYERS layers. A new strategy needs a row.
 INSTANCES: dict[str, Callable[..., list[Strategy]]] = {
     "autoregressive": lambda strategy: [strategy()],
@@ -54,7 +66,11 @@ INSTANCES: dict[str, Callable[..., list[Strategy]]] = {
     "draft_verify": lambda strategy: [strategy(2)],
     "lite": lambda strategy: [strategy({1: 0.5, 2: 0.5})],
     "del": lambda strategy: [strategy()],
-    "lede": lambda strategy: [strategy(ThresholdPolicy({1: 0.5, 2: 0.3}, LAYERS)), strategy(RandomPolicy(0.6))],
+    "lede": lambda strategy: [
+        strategy(ThresholdPolicy({1: 0.5, 2: 0.3}, LAYERS)),
+        strategy(RandomPolicy(0.6)),
+        strategy(WaryPolicy()),
+    ],
 }
 
 
@@ -154,7 +170,7 @@ def chi_square_p(observed: np.ndarray, expected: np.ndarray) -> float:
     return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2)))
 
 
-# --- three wrong rules: each is patched into the decoder while its context is open, which gives the strategy to run
+# --- wrong rules: each is patched into the decoder while its context is open, which gives the strategy to run
 
 
 @contextmanager
@@ -168,11 +184,12 @@ def resample_from_p(sampling: Sampling) -> Iterator[Strategy]:
 def drop_low_confidence(sampling: Sampling) -> Iterator[Strategy]:
     """A round's last draft is thrown away, unverified, if its probability is low."""
 
-    def match(drafts, p, q, draws):
+    def match(drafts, p, q, coins, after):
         outcomes = []
-        for row, own_p, own_q, own in zip(drafts, p.split([len(row) + 1 for row in drafts]), q, draws, strict=True):
+        parts = p.split([len(row) + 1 for row in drafts])
+        for row, own_p, own_q, own, last in zip(drafts, parts, q, coins, after, strict=True):
             kept = len(row) - (len(row) > 0 and float(own_q[-1][row[-1]]) < 0.3)
-            outcomes += speculative_matches([row[:kept]], own_p[: kept + 1], [own_q[:kept]], [own])
+            outcomes += speculative_matches([row[:kept]], own_p[: kept + 1], [own_q[:kept]], [own[:kept]], [last])
         return outcomes
 
     with patch.object(rounds, "speculative_matches", match):
@@ -182,6 +199,34 @@ def drop_low_confidence(sampling: Sampling) -> Iterator[Strategy]:
 @contextmanager
 def deeper_after_seeing(sampling: Sampling) -> Iterator[Strategy]:
     """A draft of low probability is drawn once more, one layer deeper."""
+
+    def leave(signals, draws):
+        probabilities = sampling.probabilities(signals.logits[None])[0]
+        low = float(probabilities[draw(probabilities, draws.next())]) < 0.3
+        draws.count -= not low  # the decoder draws the same token again
+        return not low
+
+    with leaving_by_draws(leave) as strategy:
+        yield strategy
+
+
+@contextmanager
+def deeper_by_own_coin(sampling: Sampling) -> Iterator[Strategy]:
+    """A draft is made one layer deeper if the coin that will decide its acceptance is high."""
+
+    def leave(signals, draws):
+        draws.next()  # its token's
+        low = draws.next() < 0.5
+        draws.count -= 2
+        return low
+
+    with leaving_by_draws(leave) as strategy:
+        yield strategy
+
+
+@contextmanager
+def leaving_by_draws(leave: Callable[[Signals, Draws], bool]) -> Iterator[Strategy]:
+    """A strategy that knows what no strategy may: the row's uniform numbers, when it decides where a draft leaves."""
     streams: dict[int, Draws] = {}  # by the row's seed
 
     class Shared(Draws):
@@ -189,7 +234,7 @@ def deeper_after_seeing(sampling: Sampling) -> Iterator[Strategy]:
             super().__init__(seed)
             streams[seed] = self
 
-    class Deeper(Control):
+    class Knowing(Control):
         def __init__(self, seed: int):
             self.seed = seed
 
@@ -197,27 +242,25 @@ def deeper_after_seeing(sampling: Sampling) -> Iterator[Strategy]:
             return 1, 2
 
         def leave(self, signals, round_):
-            probabilities, draws = sampling.probabilities(signals.logits[None])[0], streams[self.seed]
-            low = float(probabilities[draw(probabilities, draws.next())]) < 0.3
-            draws.count -= not low  # the decoder draws the same token again
-            return not low
+            return leave(signals, streams[self.seed])
 
         def keep_drafting(self, signals, round_):
             return len(round_.drafts) < 3
 
-    class DeeperStrategy(Strategy):
-        name = "deeper"
+    class KnowingStrategy(Strategy):
+        name = "knowing"
 
         def start(self, lm, seed):
-            return Deeper(seed)
+            return Knowing(seed)
 
     with patch.object(decoder, "Draws", Shared):
-        yield DeeperStrategy()
+        yield KnowingStrategy()
 
 
 BROKEN: dict[str, Callable[[Sampling], AbstractContextManager[Strategy]]] = {
     "wrong: drop a low-confidence draft": drop_low_confidence,
     "wrong: go deeper after seeing the token": deeper_after_seeing,
+    "wrong: go deeper by the token's own coin": deeper_by_own_coin,
     "wrong: resample from p": resample_from_p,
 }
 

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lede_env.data.trace_file import QUANTUM, Trace, TraceHeader, quantize, text_digest
 from lede_env.digest import digest
-from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
+from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw, draw_rows, first_uniforms
 from lede_env.engine.kv_cache import KVCache, Span
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import Lookup
@@ -108,8 +109,9 @@ class _Recorder(LiveBackend):
         self.neg_log_p_max = np.zeros(size, np.float32)
         self.shortfall = np.zeros((size, n), np.float32)
         self.accept_probability = np.zeros((size, n), np.float32)
+        self.keep_probability = np.ones((size, n), np.float32)  # min(1, p(x) / q(x)), of the draft x
         self.layer_calls = 0  # layers times tokens
-        self._chance = np.zeros((lanes, n), np.float32)  # acceptance probabilities of each lane's latest draw
+        self._chances = np.zeros((2, lanes, n), np.float32)  # accept and keep probabilities of each lane's latest draw
         self._drafter = _BranchDrafter(lm, candidate_layers, sampling, self.session.capacity)
 
     def texts(self, seeds: list[int], samples: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -140,7 +142,10 @@ class _Recorder(LiveBackend):
         self.raw[rows], self.match[rows], self.neg_log_p_max[rows] = signals
         drafts = torch.as_tensor(self.drafts[rows].T.astype(np.int64), device=logits.device)  # (C, n)
         self.shortfall[rows] = shortfalls(logits[:-1], drafts).T.cpu().numpy()
-        self.accept_probability[rows] = self.accepted[rows] if self.sampling.greedy else self._chance[lanes]
+        if self.sampling.greedy:
+            self.accept_probability[rows] = self.accepted[rows]
+        else:
+            self.accept_probability[rows], self.keep_probability[rows] = self._chances[:, lanes]
         return signals
 
     def _sample(self, lane: int, logits: Tensor) -> tuple[int, list[int]]:
@@ -148,8 +153,11 @@ class _Recorder(LiveBackend):
         probabilities = self.sampling.probabilities(logits)
         draws = self._draws[lane]
         target = draw(probabilities[-1], draws.next())
-        drafts, chance = coupled_drafts(probabilities[-1], probabilities[:-1], target, draws.next())
-        self._chance[lane] = chance.cpu()
+        p, q = probabilities[-1], probabilities[:-1]
+        drafts, chance = coupled_drafts(p, q, target, draws.next())
+        drawn = torch.tensor(drafts, device=p.device)
+        keep = p[drawn] / q.gather(1, drawn.unsqueeze(1)).squeeze(1)
+        self._chances[:, lane] = torch.stack([chance, keep.clamp_max(1.0)]).cpu()
         return target, drafts
 
     def _finished(self, lane: int, seed: int) -> dict[str, np.ndarray]:
@@ -157,6 +165,7 @@ class _Recorder(LiveBackend):
         rows = slice(self.base[lane], self.base[lane] + self.known[lane])
         names = ("targets", "neg_log_p_max", "raw", "match", "drafts", "shortfall", "accept_probability", "accepted")
         text = {name: getattr(self, name)[rows].copy() for name in names}
+        text["coin"] = self._coins(seed, self.keep_probability[rows], text["accepted"])
         room = np.minimum(DRAFT_CAP - 1, self.positions - 1 - np.arange(self.known[lane]))  # tokens a branch may have
         wrong = ~text["accepted"] & ~np.isin(text["drafts"], self.lm.eos_ids) & (room > 0)[:, None]
         position, candidate = np.nonzero(wrong)  # in the order of (position, candidate)
@@ -175,6 +184,18 @@ class _Recorder(LiveBackend):
         lookup = self._lookup[lane]
         assert lookup is not None  # `looks_up`
         return text | {"wrong": wrong} | self._drafter.draft(roots, prefix, lookup)
+
+    def _coins(self, seed: int, keep: np.ndarray, accepted: np.ndarray) -> np.ndarray:
+        """(n, C) the coins of drafts, from the chance of each to be kept, and whether it was.
+
+        The coupling drew target and draft first. Given both, the number that speculative sampling would have decided by
+        is uniform below that chance where the draft was accepted, and above it where it was not.
+        """
+        if self.sampling.greedy:
+            return np.ones(keep.shape)
+        path: Any = [np.arange(len(keep), dtype=np.uint64)[:, None], np.array(self.candidate_layers, np.uint64)]
+        uniform = first_uniforms(cast(Any, derive_seed(seed, *path, 0)))  # elementwise; branches draw by (n, c)
+        return np.where(accepted, keep * uniform, keep + (1.0 - keep) * uniform)
 
 
 @dataclass(frozen=True)
@@ -224,8 +245,8 @@ class _BranchDrafter:
             self.cache.values[layer][0, :, :prefix] = source.values[layer][row, :, :prefix]
 
     def draft(self, roots: _Roots, prefix: int, lookup: Lookup) -> dict[str, np.ndarray]:
-        """Branches of all roots: `branch_lengths` (B,); `branch_tokens`, `branch_match`, `branch_shortfall` (M,) and
-        `branch_raw` (M, RAW).
+        """Branches of all roots: `branch_lengths` (B,); `branch_tokens`, `branch_match`, `branch_shortfall`,
+        `branch_coin` (M,) and `branch_raw` (M, RAW).
 
         `lookup` holds the whole sequence, prompt and text.
         """
@@ -243,7 +264,7 @@ class _BranchDrafter:
         """The `_tables` of branches in ascending order of their layers."""
         device, n = self.lm.device, len(roots)
         tables = _tables(n)
-        tokens, raw, match, shortfall = tables.values()
+        tokens, raw, match, shortfall, coin = tables.values()
         drafted = [[token] for token in roots.token.tolist()]  # of each branch, the wrong draft included
         draws = [Draws(seed) for seed in roots.seed]
         slot = torch.as_tensor(roots.slot, device=device)  # (B,)
@@ -264,7 +285,7 @@ class _BranchDrafter:
             guesses = torch.tensor([token for token, _ in found], device=device)
             raw[active, step] = raw_signals(logits, guesses).float().cpu().numpy()
             match[active, step] = [share for _, share in found]
-            chosen = self._choose(logits, [draws[i] for i in active.tolist()])
+            chosen, coin[active, step] = self._choose(logits, [draws[i] for i in active.tolist()])
             tokens[active, step] = pending[active] = chosen
             shortfall[active, step] = shortfalls(logits, torch.as_tensor(chosen, device=device)).cpu().numpy()
             for i in active.tolist():
@@ -286,12 +307,12 @@ class _BranchDrafter:
             x, first, below = x[last - first :], last, layer
         return torch.cat(left)
 
-    def _choose(self, logits: Tensor, draws: list[Draws]) -> np.ndarray:
-        """(Q, V) logits -> (Q,) drafts, each by its own draws."""
+    def _choose(self, logits: Tensor, draws: list[Draws]) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, V) logits -> (Q,) drafts and (Q,) their coins, each by its own draws."""
         if self.sampling.greedy:
-            return logits.argmax(-1).cpu().numpy()
-        probabilities = self.sampling.probabilities(logits)
-        return np.array([draw(p, own.next()) for p, own in zip(probabilities, draws, strict=True)])
+            return logits.argmax(-1).cpu().numpy(), np.ones(len(logits))
+        drafts = draw_rows(self.sampling.probabilities(logits), [own.next() for own in draws])
+        return np.array(drafts), np.array([own.next() for own in draws])
 
 
 def _tables(branches: int) -> dict[str, np.ndarray]:
@@ -303,6 +324,7 @@ def _tables(branches: int) -> dict[str, np.ndarray]:
         "branch_raw": np.zeros((*shape, RAW), np.float32),
         "branch_match": np.zeros(shape, np.float32),
         "branch_shortfall": np.zeros(shape, np.float32),
+        "branch_coin": np.ones(shape, np.float32),
     }
 
 
@@ -350,6 +372,7 @@ def _assemble(
     branch[wrong] = np.arange(len(lengths))
     joined |= {name: quantize(joined[name], header.vocab) for name in ("raw", "branch_raw")}
     joined |= {name: np.rint(joined[name] / QUANTUM) * QUANTUM for name in ("shortfall", "branch_shortfall")}
+    joined |= {name: np.maximum(np.rint(joined[name] / QUANTUM), 1) * QUANTUM for name in ("coin", "branch_coin")}
     return Trace(
         header,
         prompt_ids=tuple(prompt.id for prompt in prompts),

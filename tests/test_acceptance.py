@@ -119,19 +119,19 @@ def test_greedy_match(drafts, targets, expected):
 # --- speculative sampling
 
 
-def resample_from_p(drafts, p, q, draws):
+def resample_from_p(drafts, p, q, coins, after):
     """The rule broken on purpose: a rejected draft is replaced by a draw from p instead of the residual."""
     for i, token in enumerate(drafts):
-        if draws.next() * float(q[i][token]) >= float(p[i, token]):
-            return i, draw(p[i], draws.next())
-    return len(drafts), draw(p[-1], draws.next())
+        if coins[i] * float(q[i][token]) >= float(p[i, token]):
+            return i, draw(p[i], after)
+    return len(drafts), draw(p[-1], after)
 
 
 def emitted_counts(match, p, q, n):
     counts, draws = Counter(), Draws(17)
     for _ in range(n):
         drafts = [draw(row, draws.next()) for row in q]
-        accepted, token = match(drafts, p, q, draws)
+        accepted, token = match(drafts, p, q, [draws.next() for _ in drafts], draws.next())
         counts[(*drafts[:accepted], token)] += 1
     return counts
 
@@ -165,11 +165,17 @@ def test_the_chi_square_test_catches_a_broken_rule():
 def test_speculative_match_at_its_edges():
     sure, other = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     # Equal distributions: always accepted, and the bonus comes from the last row of p.
-    assert speculative_match([1], torch.stack([sure, other]), [sure], Draws(0)) == (1, 2)
+    assert speculative_match([1], torch.stack([sure, other]), [sure], [1.0 - 2.0**-53], 0.5) == (1, 2)
     # A draft of target probability zero: never accepted, the residual is p.
-    for seed in range(20):
-        assert speculative_match([1], torch.stack([other, sure]), [sure], Draws(seed)) == (0, 2)
-    assert speculative_match([], sure[None], [], Draws(0)) == (0, 1)
+    for coin in (0.0, 2.0**-53, 0.5):
+        assert speculative_match([1], torch.stack([other, sure]), [sure], [coin], 0.5) == (0, 2)
+    assert speculative_match([], sure[None], [], [], 0.5) == (0, 1)
+
+
+def test_a_draft_is_accepted_where_its_coin_is_below_the_ratio():
+    p, q = torch.tensor([[0.3, 0.7], [1.0, 0.0]]), torch.tensor([0.6, 0.4])
+    for coin in (0.0, 0.25, 0.499, 0.501, 0.999):
+        assert speculative_match([0], p, [q], [coin], 0.5) == ((1, 0) if coin < 0.5 else (0, 1))
 
 
 def test_first_uniforms_are_those_of_draws():

@@ -19,6 +19,7 @@ from lede_env.engine.signals import (
     TraceWindow,
     compute_features,
     draft_doubt,
+    draft_peril,
     feature_bounds,
     raw_signals,
     select_features,
@@ -69,7 +70,7 @@ def test_features_lie_within_their_bounds(logits):
     low, high = feature_bounds(DRAFT_FEATURES, logits.shape[-1])
     for share in (0.0, 1.0):
         context = dict(layer=share, trace=30.0 * share, phase=1.0 + share, position=share)
-        context |= dict(doubt=30.0 * share, temperature=1e6 * share, drawn=30.0 * share)
+        context |= dict(doubt=30.0 * share, temperature=1e6 * share, drawn=30.0 * share, peril=60.0 * share - 30.0)
         features = compute_features(DRAFT_FEATURES, raw, **context)
         assert features.dtype == np.float32 == low.dtype == high.dtype
         assert (features >= low).all() and (features <= high).all()
@@ -78,10 +79,12 @@ def test_features_lie_within_their_bounds(logits):
 def test_features_by_hand():
     raw = np.array([-0.25, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0, -9.0, -30.0, 1.5, -2.5], np.float32)
     context = dict(layer=0.5, trace=0.75, match=0.5, phase=2.0, position=0.25, doubt=1.25, temperature=0.6)
-    context |= dict(drawn=0.125)
+    context |= dict(drawn=0.125, peril=-0.75)
     features = compute_features(DRAFT_FEATURES, raw, **context)
     expected = dict(confidence=14.25 / 5, entropy=1.5, trace=0.75, layer=0.5, margin=1.75, top1=0.25)
-    expected |= dict(phase=2.0, position=0.25, match=0.5, echo=2.5, doubt=1.25, temperature=0.375, drawn=0.125)
+    expected |= dict(
+        phase=2.0, position=0.25, match=0.5, echo=2.5, doubt=1.25, temperature=0.375, drawn=0.125, peril=-0.75
+    )
     np.testing.assert_allclose(features, [expected[name] for name in DRAFT_FEATURES], rtol=1e-6)
     chosen = compute_features(("margin", "trace"), raw, layer=0.5, trace=0.75)
     np.testing.assert_allclose(chosen, [1.75, 0.75])
@@ -93,13 +96,15 @@ def test_features_by_hand():
 
 def test_signals_of_the_decoder():
     logits = random_logits(1, 40)[0]
-    signals = LogitSignals(4, 16, position=3, cap=12, trace=0.5, guess=(7, 0.25), token=11, logits=logits)
+    known = dict(trace=0.5, guess=(7, 0.25), token=11, coin=0.5)
+    signals = LogitSignals(4, 16, position=3, cap=12, logits=logits, **known)
     raw = raw_signals(logits[None], torch.tensor([7]))[0].numpy()
     drawn = float(logits.max() - logits[11])
     assert signals.best == int(logits.argmax())
     assert signals.top1 == pytest.approx(float(logits.softmax(-1).max()))
     assert signals.probability == pytest.approx(float(logits.softmax(-1)[11]))
     context = dict(layer=0.25, trace=0.5, match=0.25, phase=2.0, position=0.25, drawn=drawn)
+    context |= dict(peril=draft_peril(draft_doubt(float(raw[0] - raw[1]), drawn), 0.5))
     expected = compute_features(DRAFT_FEATURES, raw, **context)
     np.testing.assert_allclose(signals.features(DRAFT_FEATURES), expected, rtol=1e-5)
     # What differences of logits give is computed without the softmax, and is the same.
@@ -117,6 +122,19 @@ def test_doubt_and_temperature():
     np.testing.assert_allclose(signals.features(("doubt", "temperature")), [29.5, 0.5])
     signals.doubt += 1.0
     assert signals.features(("doubt",)) == [30.0]
+
+
+def test_peril_is_of_the_worst_draft_of_the_round():
+    assert draft_peril(0.5, 1.0) == 0.5  # greedy: the doubt itself
+    assert draft_peril(0.5, 0.25) == pytest.approx(0.5 + np.log(0.25))
+    assert draft_peril(0.0, 0.0) == -30.0 and draft_peril(31.0, 1.0) == 30.0
+    logits = torch.tensor([1.0, 3.5, 3.0])
+    own = np.log1p(np.exp(-0.5)) + 0.5 + np.log(0.25)  # of token 2
+    for position, before, seen in ((0, -30.0, -30.0), (2, -30.0, own), (2, own - 1.0, own), (2, own + 1.0, own + 1.0)):
+        signals = LogitSignals(4, 16, position=position, cap=12, peril=before, token=2, coin=0.25, logits=logits)
+        assert signals.features(("peril",)) == pytest.approx([seen])
+    walking = LogitSignals(4, 16, position=2, cap=12, peril=-4.0, logits=logits)  # nothing is drawn yet
+    assert walking.features(("peril", "drawn")).tolist() == [-4.0, 0.0]
 
 
 def test_what_was_drawn_shows_after_the_draw():
@@ -165,11 +183,12 @@ def test_feature_sets():
         "doubt",
         "temperature",
         "drawn",
+        "peril",
     )
     assert select_features(["top1", "layer"], "exit") == ("top1", "layer")
     low, high = feature_bounds(DRAFT_FEATURES, 97)
-    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0])
-    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1, 30, 1, 30], rtol=1e-6)
+    np.testing.assert_allclose(low, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, -30])
+    np.testing.assert_allclose(high, [30, math.log(97), 30, 1, 30, 30, 1, 30, 2, 1, 30, 1, 30, 30], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def logits_after(lm, session, token, layers):
 
 def branch_by_drafting(lm, ids, layer, sampling, seed, room):
     """What a branch holds of up to `room` drafts after `ids`, made as a decoder makes them, at one layer."""
-    tokens, raw, matches, short, draws = [], [], [], [], Draws(seed)
+    tokens, raw, matches, short, coins, draws = [], [], [], [], [], Draws(seed)
     with torch.inference_mode():
         session = lm.session(1, len(ids) + room)
         session.prefill(0, ids[:-1])
@@ -105,9 +105,10 @@ def branch_by_drafting(lm, ids, layer, sampling, seed, room):
             pending = int(logits.argmax()) if sampling.greedy else draw(sampling.probabilities(logits)[0], draws.next())
             tokens.append(pending)
             short.append(float(logits.max() - logits[0, pending]))
+            coins.append(1.0 if sampling.greedy else draws.next())
             if pending in lm.eos_ids:
                 break
-    return tokens, np.array(raw), matches, short
+    return tokens, np.array(raw), matches, short, coins
 
 
 def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
@@ -124,11 +125,15 @@ def test_every_recorded_value_is_what_a_plain_recomputation_gives(lm, trace):
             logits = logits_after(lm, session, ids[-1], (*LAYERS, lm.n_layers))
             if sampling.greedy:
                 *drafts, target = logits.argmax(-1).tolist()
-                chance = np.array(drafts) == target
+                chance = keep = np.array(drafts) == target
             else:
                 p = sampling.probabilities(logits)
                 target = draw(p[-1], draws.next())
                 drafts, chance = coupled_drafts(p[-1], p[:-1], target, draws.next())
+                keep = np.array([min(1.0, float(p[-1, x] / own[x])) for x, own in zip(drafts, p[:-1], strict=True)])
+            # A coin decides as speculative sampling would.
+            right, coin = trace.accepted[row], trace.coin[row]
+            assert (coin == 1).all() if sampling.greedy else (np.where(right, coin - keep, keep - coin) < 1e-4).all()
             assert trace.targets[row] == target and trace.drafts[row].tolist() == drafts
             assert trace.accepted[row].tolist() == [draft == target for draft in drafts]
             np.testing.assert_allclose(trace.accept_probability[row], chance, atol=1e-6)
@@ -157,12 +162,15 @@ def check_branches(lm, trace, text, row, ids):
             assert branch == -1
             continue
         seed = derive_seed(int(trace.text_seeds[text]), position, layer)
-        tokens, raw, matches, short = branch_by_drafting(lm, [*ids, draft], layer, sampling_of(trace), seed, room)
+        tokens, raw, matches, short, coins = branch_by_drafting(
+            lm, [*ids, draft], layer, sampling_of(trace), seed, room
+        )
         rows = slice(trace.branch_starts[branch], trace.branch_starts[branch + 1])
         assert trace.branch_tokens[rows].tolist() == tokens
         np.testing.assert_allclose(trace.branch_raw[rows], raw, atol=QUANTUM)
         assert trace.branch_match[rows].tolist() == matches
         np.testing.assert_allclose(trace.branch_shortfall[rows], short, atol=QUANTUM)
+        np.testing.assert_allclose(trace.branch_coin[rows], coins, atol=QUANTUM)
         found += 1
     return found
 
@@ -256,7 +264,7 @@ def test_a_trace_without_branches_is_a_trace(tmp_path, lm):
     empty = replace(
         short, drafts=short.targets[:, None], accepted=np.ones_like(short.accepted), branch=np.full((2, 1), -1),
         accept_probability=np.ones((2, 1)), branch_starts=[0], branch_tokens=[], branch_raw=np.zeros((0, 12)),
-        branch_match=[], branch_shortfall=[],
+        branch_match=[], branch_shortfall=[], branch_coin=[],
     )  # fmt: skip
     empty.save(tmp_path / "a.h5")
     assert load_trace(tmp_path / "a.h5").digest == empty.digest
@@ -328,7 +336,7 @@ def surplus(file, other):
 
 
 def newer_version(file, other):
-    file.attrs["format_version"] = "3"
+    file.attrs["format_version"] = "4"
 
 
 def attribute_missing(file, other):
@@ -360,7 +368,7 @@ def one_value(name, place, value):
         (group, "'starts' is not a dataset"),
         (missing, r"\['branch'\] too many or too few"),
         (surplus, r"\['more'\] too many or too few"),
-        (newer_version, "format version 3; this release reads 2"),
+        (newer_version, "format version 4; this release reads 3"),
         (attribute_missing, "'vocab' is None; expected int"),
         (attribute_of_another_type, "'eos_ids' is"),
         (no_digest, "digest"),
@@ -447,11 +455,11 @@ def test_relabelled_for_a_twin(tmp_path, traces):
 
 def test_format_is_pinned():
     """A change to the arrays is a new format version."""
-    assert trace_file.FORMAT_VERSION == 2 and trace_file.QUANTUM == 2**-15
+    assert trace_file.FORMAT_VERSION == 3 and trace_file.QUANTUM == 2**-15
     assert " ".join(f"{name}:{dtype.str}" for name, dtype in ARRAYS.items()) == (
         "text_seeds:<i8 starts:<i8 targets:<i4 neg_log_p_max:<f4 raw:<f4 match:<f4 drafts:<i4 shortfall:<f4 "
-        "accept_probability:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 branch_shortfall:<f4 "
-        "branch_raw:<f4 branch_match:<f4"
+        "accept_probability:<f4 coin:<f4 accepted:|b1 branch:<i4 branch_starts:<i8 branch_tokens:<i4 "
+        "branch_shortfall:<f4 branch_coin:<f4 branch_raw:<f4 branch_match:<f4"
     )
 
 

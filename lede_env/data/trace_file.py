@@ -26,7 +26,7 @@ from lede_env.data.trajectory_layout import read_errors, temporary
 from lede_env.errors import LedeError
 
 FORMAT = "lede-trace"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TOP, RAW = 10, 12  # as in engine.signals, which imports torch
 LOG_FLOOR = -30.0
 QUANTUM = 2.0**-15  # raw signals are multiples of it: they compress, and are at most 1.5e-5 off
@@ -44,11 +44,13 @@ ARRAYS: dict[str, np.dtype] = {
     "drafts": np.dtype("<i4"),
     "shortfall": np.dtype("<f4"),
     "accept_probability": np.dtype("<f4"),
+    "coin": np.dtype("<f4"),
     "accepted": np.dtype("bool"),
     "branch": np.dtype("<i4"),
     "branch_starts": np.dtype("<i8"),
     "branch_tokens": np.dtype("<i4"),
     "branch_shortfall": np.dtype("<f4"),
+    "branch_coin": np.dtype("<f4"),
     "branch_raw": np.dtype("<f4"),
     "branch_match": np.dtype("<f4"),
 }
@@ -98,6 +100,7 @@ class Trace:
         shortfall     (N, C)    how far log p(x) is below its best token's, nats, T = 1; greedy: 0
         accept_probability      min(1, q(y) / p(y))      |          (N, C); greedy: 1 or 0
         accepted      (N, C)    x == y                   |
+        coin          (N, C)    the uniform number that speculative sampling accepts x by, in (0, 1]; greedy: 1
         branch        (N, C)    -1   0   -1   1   2      |          (one candidate shown) index of a branch, or -1
 
     Where a draft x at row n is wrong, drafting goes on from it: branch b holds the drafts at the same layer for the
@@ -105,7 +108,7 @@ class Trace:
 
         branch_starts (B + 1,)      0        3    ...        b ascends with (row, candidate)
         branch_tokens (M,)          z1 z2 z3 |               at most cap - 1, up to a drafted EOS (the last one then)
-        branch_raw    (M, 12)       the distributions that gave them; branch_match and branch_shortfall (M,) likewise
+        branch_raw    (M, 12)       the distributions that gave them; branch_match, _shortfall, _coin (M,) likewise
 
     A wrong draft has no branch (-1) if it is an EOS, or stands at row T of its text: no branch goes beyond that row.
     """
@@ -125,10 +128,12 @@ class Trace:
     shortfall: np.ndarray
     accept_probability: np.ndarray
     accepted: np.ndarray
+    coin: np.ndarray
     branch: np.ndarray
     branch_starts: np.ndarray
     branch_tokens: np.ndarray
     branch_shortfall: np.ndarray
+    branch_coin: np.ndarray
     branch_raw: np.ndarray
     branch_match: np.ndarray
 
@@ -340,6 +345,10 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
         short = getattr(trace, name)
         most = -LOG_FLOOR if header.temperature > 0 else 0.0
         demand((short >= 0) & (short <= most), f"{name} is not in [0, {most:g}]")
+    for name in ("coin", "branch_coin"):
+        coin = getattr(trace, name)
+        demand((coin > 0) & (coin <= 1), f"{name} is not in (0, 1]")
+        demand(header.temperature > 0 or (coin == 1).all(), f"{name} is not 1, though the texts are greedy")
     for name in ("match", "branch_match"):
         match = getattr(trace, name)
         demand((match >= 0) & (match <= 1), f"{name} is not in [0, 1]")
@@ -366,6 +375,7 @@ def _check_shapes(trace: Trace, demand: Callable[[Any, str], None]) -> None:
         "branch_starts": (branches + 1,),
         "branch_tokens": (tokens,),
         "branch_shortfall": (tokens,),
+        "branch_coin": (tokens,),
         "branch_raw": (tokens, RAW),
         "branch_match": (tokens,),
     }

@@ -33,11 +33,9 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
     more = True
     while more:
         path, more = _draft(session, row, path, sampling, lap)
-    drafts = len(row.round.drafts)
-    uniforms = () if sampling.greedy else row.draws.peek(drafts + 1)
+    uniforms = () if sampling.greedy else (*row.coins, row.draws.next())
     session.verify(uniforms, sampling, doubts=row.trace is not None)
     accepted, token, doubts = session.verified()
-    row.draws.count += 0 if sampling.greedy else min(accepted + 1, drafts) + 1
     settle(session.lm, row, (accepted, token), doubts)
     if row.control.taps:
         row.round.studied = row.control.study(session.tapped_states(0, accepted + 1), session.lm)
@@ -66,18 +64,19 @@ def _draft(
 ) -> tuple[tuple[int, ...], bool]:
     """Make the next draft; its slot stands at the path's first layer. Returns the path of the draft after it, at whose
     first layer the next slot then stands, and whether to make that draft."""
-    trace, guess, doubt = row.context()
+    context = row.context()
+    guess, _ = context[1]
     uniform = None if sampling.greedy else row.draws.next()  # of the layer it leaves at, whichever that is
     ahead = path
     for step, layer in enumerate(path):
         last = step + 1 == len(path)
-        session.read(guess[0], uniform, sampling)
+        session.read(guess, uniform, sampling)
         lap("heads")
         if last:
             ahead = _extend(session, row, layer)
         values = session.drawn()
         place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
-        signals = ReadSignals(*place, trace, guess, doubt, sampling.temperature, values=values)
+        signals = ReadSignals(*place, *context, sampling.temperature, values=values)
         lap("signals")
         if last:
             break
@@ -87,9 +86,10 @@ def _draft(
         row.round.checks += 1
         session.advance([0], [path[step + 1]])
         lap("drafting layers")
-    signals.token = int(values[TOKEN])
-    row.round.drafts.append(signals.token)
-    row.control.drew(signals, row.round)
+    row.round.drafts.append(int(values[TOKEN]))
+    if not sampling.greedy:
+        row.coins.append(row.draws.next())
+    row.drew(signals)
     more = goes_on(session.lm, row, signals)
     lap("policy")
     return ahead, more

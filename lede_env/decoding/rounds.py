@@ -16,7 +16,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LogitSignals, Signals, TraceWindow, no_lap
+from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, no_lap
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Row:
     text: TextStream | None
     trace: TraceWindow | None  # where the strategy's signals read it; likewise the lookup
     lookup: Lookup | None
-    doubts: bool = False  # whether they read it
+    doubts: bool = False  # whether they read `doubt` or `peril`
     tokens: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -43,18 +43,29 @@ class Row:
     round: Round = field(default_factory=Round)
     limit: int = 0
     q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
+    coins: list[float] = field(default_factory=list)  # what will decide its acceptance, likewise
     draft_trace: list[float] = field(default_factory=list)
     doubt: float = 0.0
+    peril: float = LOG_FLOOR
 
     def open_round(self) -> None:
-        self.round, self.q, self.draft_trace, self.doubt = Round(), [], [], 0.0
+        self.round, self.q, self.coins, self.draft_trace = Round(), [], [], []
+        self.doubt, self.peril = 0.0, LOG_FLOOR
         self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
         self.round.limited = self.limit == 0 < self.control.cap
 
-    def context(self) -> tuple[float, tuple[int, float], float]:
-        """The `trace`, the lookup's guess and the `doubt` for the next draft."""
+    def context(self) -> tuple[float, tuple[int, float], float, float]:
+        """The `trace`, the lookup's guess, the `doubt` and the `peril` for the next draft."""
         trace = self.trace.mean(self.draft_trace) if self.trace is not None else 0.0
-        return trace, self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS, self.doubt
+        guess = self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS
+        return trace, guess, self.doubt, self.peril
+
+    def drew(self, signals: Signals) -> None:
+        """Tell the signals that the draft left with what was drawn from them."""
+        signals.token = self.round.drafts[-1]
+        if self.coins:
+            signals.coin = self.coins[-1]
+        self.control.drew(signals, self.round)
 
 
 @torch.inference_mode()
@@ -111,8 +122,7 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             own = logits if not staying else logits[list(leaving)]
             _sample_drafts(own, list(leaving.values()), sampling)
         for row in leaving.values():
-            left[row.index].token = row.round.drafts[-1]
-            row.control.drew(left[row.index], row.round)
+            row.drew(left[row.index])
         walking, step = staying, step + 1
         lap("policy")
     return [left[row.index] for row in rows]
@@ -124,6 +134,7 @@ def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:
     tokens = draw_rows(q, [row.draws.next() for row in rows])
     for row, own, token in zip(rows, q.unbind(), tokens, strict=True):
         row.q.append(own)
+        row.coins.append(row.draws.next())
         row.round.drafts.append(token)
 
 
@@ -138,6 +149,7 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         return False
     if row.doubts:
         row.doubt += signals.own_doubt
+        row.peril = max(row.peril, signals.own_peril)
     return row.control.keep_drafting(signals, row.round)
 
 
@@ -148,8 +160,8 @@ def _verify(lm: LayeredLM, rows: list[Row], logits: Tensor, sampling: Sampling) 
         targets = iter(logits.argmax(-1).tolist())
         outcomes = [greedy_match(own, list(islice(targets, len(own) + 1))) for own in drafts]
     else:
-        q, draws = [row.q for row in rows], [row.draws for row in rows]
-        outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, draws)
+        q, coins, after = [row.q for row in rows], [row.coins for row in rows], [row.draws.next() for row in rows]
+        outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, coins, after)
     traced = any(row.trace is not None for row in rows)
     doubts = iter((logits.logsumexp(-1) - logits.amax(-1)).tolist() if traced else ())  # -log p_max
     for row, outcome in zip(rows, outcomes, strict=True):

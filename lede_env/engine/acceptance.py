@@ -45,14 +45,7 @@ class Draws:
 
     def next(self) -> float:
         self.count += 1
-        return self._number(self.count)
-
-    def peek(self, count: int) -> list[float]:
-        """The next numbers, not yet used up."""
-        return [self._number(self.count + 1 + i) for i in range(count)]
-
-    def _number(self, place: int) -> float:
-        return (_mix((self.key + place * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+        return (_mix((self.key + self.count * _GOLDEN) & _MASK) >> 11) * 2.0**-53
 
 
 def first_uniforms(seeds: np.ndarray) -> np.ndarray:
@@ -132,20 +125,29 @@ def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
     return accepted, targets[accepted]
 
 
-def speculative_match(drafts: list[int], p: Tensor, q: list[Tensor], draws: Draws) -> tuple[int, int]:
+def speculative_match(
+    drafts: list[int], p: Tensor, q: list[Tensor], coins: list[float], after: float
+) -> tuple[int, int]:
     """`speculative_matches` of one row."""
-    return speculative_matches([drafts], p, [q], [draws])[0]
+    return speculative_matches([drafts], p, [q], [coins], [after])[0]
 
 
 def speculative_matches(
-    drafts: Sequence[list[int]], p: Tensor, q: Sequence[list[Tensor]], draws: Sequence[Draws]
+    drafts: Sequence[list[int]],
+    p: Tensor,
+    q: Sequence[list[Tensor]],
+    coins: Sequence[list[float]],
+    after: Sequence[float],
 ) -> list[tuple[int, int]]:
     """Speculative sampling (Leviathan et al. 2023) of N rows: of each (accepted, next token), the target's exactly.
 
-    With d_n drafts in row n, `p` is (sum of d_n + 1, V), row after row, and `q[n][i]` the (V,) distribution draft i
-    was drawn from. A draft x is accepted with probability min(1, p(x) / q(x)); at the first rejection the next token
-    comes from the normalised max(p - q, 0), or from p where that residual is zero; when all are accepted it is the
-    bonus token, from p.
+    With d_n drafts in row n, `p` is (sum of d_n + 1, V), row after row, `q[n][i]` the (V,) distribution draft i was
+    drawn from and `coins[n][i]` a uniform number of its own. A draft x is accepted where its coin is below
+    p(x) / q(x); at the first rejection the next token comes from the normalised max(p - q, 0), or from p where that
+    residual is zero; when all are accepted it is the bonus token, from p. The uniform number `after[n]` draws it.
+
+    A coin may be known as soon as its draft is drawn, and whether another draft is made may depend on it: this draft is
+    verified in any case. What a layer draws may not.
     """
     ends = list(accumulate(len(row) + 1 for row in drafts))
     places = [end - len(row) - 1 + i for end, row in zip(ends, drafts, strict=True) for i in range(len(row))]
@@ -156,13 +158,13 @@ def speculative_matches(
     tokens = torch.tensor([token for row in drafts for token in (*row, 0)], device=p.device).unsqueeze(1)
     p_x, q_x = torch.stack([p, drawn_from]).gather(-1, tokens.expand(2, -1, 1)).squeeze(-1).tolist()
     accepted, settled = [], []
-    for end, row, own in zip(ends, drafts, draws, strict=True):
+    for end, row, own in zip(ends, drafts, coins, strict=True):
         begin = at = end - len(row) - 1
-        while at < end - 1 and own.next() * q_x[at] < p_x[at]:
+        while at < end - 1 and own[at - begin] * q_x[at] < p_x[at]:
             at += 1
         accepted.append(at - begin)
         settled.append(at)
-    next_tokens = draw_rows(residual(p[settled], drawn_from[settled]), [own.next() for own in draws])
+    next_tokens = draw_rows(residual(p[settled], drawn_from[settled]), after)
     return list(zip(accepted, next_tokens, strict=True))
 
 

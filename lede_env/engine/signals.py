@@ -28,11 +28,11 @@ LOG_FLOOR = -30.0  # keeps every bound finite
 
 PAPER_FEATURES = ("confidence", "entropy", "trace")
 EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1", "match", "echo")
-DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature", "drawn")
+DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature", "drawn", "peril")
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
 
 # What each feature is: weights of the inputs, which are the raw signals and then the context.
-CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn")
+CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn", "peril")
 INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
@@ -64,7 +64,7 @@ def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.nda
     """Lowest and highest value of each feature, float32."""
     floor = -LOG_FLOOR
     high = {"entropy": math.log(vocab), "layer": 1.0, "match": 1.0, "phase": 2.0, "position": 1.0, "temperature": 1.0}
-    low = {"phase": 1.0}
+    low = {"phase": 1.0, "peril": LOG_FLOOR}
     names = tuple(names)
     return (
         np.array([low.get(name, 0.0) for name in names], np.float32),
@@ -125,11 +125,12 @@ def compute_features(
     doubt: np.ndarray | float = 0.0,
     temperature: float = 0.0,
     drawn: np.ndarray | float = 0.0,
+    peril: np.ndarray | float = LOG_FLOOR,
 ) -> np.ndarray:
     """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
     inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn)
+    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn, peril)
     for place, value in enumerate(context, RAW):
         inputs[..., place] = value
     # Not by BLAS: there the last bit depends on the number of threads, and datasets are compared bit for bit.
@@ -142,6 +143,15 @@ def draft_doubt(margin: float, shortfall: float) -> float:
     margin: how far the second token is below the best; shortfall: how far the drawn one is.
     """
     return math.log1p(math.exp(-margin)) + shortfall
+
+
+def draft_peril(doubt: float, coin: float) -> float:
+    """How likely a draft is to be rejected, as a number within +-30: its `draft_doubt`, and the log of its coin.
+
+    It is accepted where coin < p / q, p what full depth thinks of it: the less sure the draft, the further p may lie
+    below q, and the higher the coin, the less of that it takes.
+    """
+    return min(max(doubt + math.log(max(coin, 2.0**-53)), LOG_FLOOR), -LOG_FLOOR)
 
 
 def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -193,8 +203,10 @@ class Signals:
     trace: float = 0.0
     guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
     doubt: float = 0.0  # sum of `draft_doubt` over the drafts made so far this round
+    peril: float = LOG_FLOOR  # the largest `draft_peril` of those
     temperature: float = 0.0  # of sampling
     token: int = -1  # drawn from this distribution, once it is
+    coin: float = 1.0  # that will decide its acceptance; greedy decoding leaves nothing to chance
 
     @property
     def phase(self) -> int:
@@ -236,6 +248,11 @@ class Signals:
         return draft_doubt(self.margin, self.shortfall)
 
     @property
+    def own_peril(self) -> float:
+        """`draft_peril` of the token drawn."""
+        return draft_peril(self.own_doubt, self.coin)
+
+    @property
     def probability(self) -> float:
         """Probability of the token drawn, at temperature 1."""
         return math.exp(self.log_p_max - self.shortfall)
@@ -273,6 +290,11 @@ def _echo(signals: Signals) -> float:
     return min(signals.largest(1)[0] - signals.guess_logit, -LOG_FLOOR)
 
 
+def _peril(signals: Signals) -> float:
+    known = signals.position and signals.token >= 0
+    return max(signals.peril, signals.own_peril) if known else signals.peril
+
+
 _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
     "confidence": _confidence,
     "entropy": lambda signals: signals.entropy,
@@ -286,7 +308,9 @@ _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
     "position": lambda signals: signals.position / signals.cap,
     "doubt": lambda signals: min(signals.doubt, -LOG_FLOOR),
     "temperature": lambda signals: warmth(signals.temperature),
-    "drawn": lambda signals: signals.shortfall if signals.position else 0.0,  # phase 1 decides before the draw
+    # Phase 1 decides before the draw, and so does a walk in phase 2.
+    "drawn": lambda signals: signals.shortfall if signals.position and signals.token >= 0 else 0.0,
+    "peril": _peril,
 }
 
 

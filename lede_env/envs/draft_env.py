@@ -58,7 +58,7 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution of the draft in view, always at temperature
-    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all thirteen; a tuple
+    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all fourteen; a tuple
     of names picks.
 
     | Num | Feature    | Meaning                                                         | Min | Max    |
@@ -76,6 +76,12 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     | 10  | doubt      | sum over those of log(1 + exp(-margin)) + drawn: nearly -log p of their tokens | 0 | 30 |
     | 11  | temperature | T / (1 + T) of the sampling temperature                        | 0   | 1      |
     | 12  | drawn      | log p of the best token minus that of the token drawn; in phase 1, before the draw: 0 | 0 | 30 |
+    | 13  | peril      | how likely a draft is to be rejected, below      | -30 | 30 |
+
+    `peril` is the largest, over the drafts drawn in this round, of log(1 + exp(-margin)) + drawn + log(coin); -30 in
+    phase 1. The coin is the uniform number by which speculative sampling will accept the draft, where it is below
+    p / q. Decoding stays lossless: the coin is drawn after its token, which is verified whatever is decided then.
+    Greedy decoding leaves nothing to chance: a coin of 1.
 
     ## Rewards
     All paid at verification, which carries `info["discount"] = 0`; all other steps are worth 0 and carry 1. Use

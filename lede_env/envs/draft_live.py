@@ -17,7 +17,15 @@ from lede_env.engine.acceptance import Draws, Sampling, draw, greedy_match, spec
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Round
-from lede_env.engine.signals import LOG_FLOOR, LOOKUP_FEATURES, TraceWindow, compute_features, draft_doubt, raw_signals
+from lede_env.engine.signals import (
+    LOG_FLOOR,
+    LOOKUP_FEATURES,
+    TraceWindow,
+    compute_features,
+    draft_doubt,
+    draft_peril,
+    raw_signals,
+)
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -37,12 +45,15 @@ class _Lane:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (V,) of the draft in view
     best: int = 0  # its most probable token
     q: list[Tensor] = field(default_factory=list)  # (V,) distribution of each draft, when sampling
+    coins: list[float] = field(default_factory=list)  # what will decide its acceptance, likewise
     surprise: list[float] = field(default_factory=list)  # -log p_max of each draft made, the one in view included
     doubt: float = 0.0  # of the drafts drawn
+    peril: float = LOG_FLOOR  # likewise
     margin: float = 0.0  # of the draft in view
 
     def open_round(self) -> None:
-        self.round, self.candidate, self.q, self.surprise, self.doubt = Round(), 0, [], [], 0.0
+        self.round, self.candidate, self.q, self.coins, self.surprise = Round(), 0, [], [], []
+        self.doubt, self.peril = 0.0, LOG_FLOOR
 
 
 class DraftLiveBackend:
@@ -167,7 +178,8 @@ class DraftLiveBackend:
             accepted, token = greedy_match(lane.round.drafts, logits.argmax(-1).tolist())
         else:
             probabilities = self.sampling.probabilities(logits)
-            accepted, token = speculative_match(lane.round.drafts, probabilities, lane.q, lane.draws)
+            after = lane.draws.next()
+            accepted, token = speculative_match(lane.round.drafts, probabilities, lane.q, lane.coins, after)
         ended = lane.round.settle(accepted, token, self.lm.eos_ids)
         known = logits[: len(lane.round.emitted)]
         for value in (known.logsumexp(-1) - known.amax(-1)).tolist():
@@ -216,12 +228,17 @@ class DraftLiveBackend:
         if not self.sampling.greedy:
             lane.q.append(self.sampling.probabilities(lane.logits.unsqueeze(0))[0])
             token = draw(lane.q[-1], lane.draws.next())
+            lane.coins.append(lane.draws.next())
         self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
         best, own = lane.logits[[lane.best, token]].tolist()
         shortfall = min(best - own, -LOG_FLOOR)
-        if lane.round.drafts and "drawn" in self.features:  # in phase 2, where the decision comes after the draw
-            self.signals[self._node(row), self.features.index("drawn")] = shortfall
-        lane.kept, lane.doubt = True, lane.doubt + draft_doubt(lane.margin, shortfall)
+        doubt = draft_doubt(lane.margin, shortfall)
+        lane.peril = max(lane.peril, draft_peril(doubt, lane.coins[-1] if lane.coins else 1.0))
+        if lane.round.drafts:  # in phase 2, where the decision comes after the draw
+            for name, value in (("drawn", shortfall), ("peril", lane.peril)):
+                if name in self.features:
+                    self.signals[self._node(row), self.features.index(name)] = value
+        lane.kept, lane.doubt = True, lane.doubt + doubt
         lane.round.drafts.append(token)
         lane.round.exits.append(self.candidate_layers[lane.candidate])
 

@@ -57,10 +57,14 @@ class DraftTraceBackend(TraceBackend):
         self.run = _runs(trace, cap).reshape(-1)  # (cells,) drafts in a row that are right, from here, at most cap
         self.left = np.repeat(_tokens_left(trace, cap + 2), self._width)  # (cells,) tokens until the EOS, included
         self._position = np.arange(-1, cap) / cap  # by draft number
-        of_round = ("trace", "phase", "position", "doubt", "drawn")  # not of the node alone
+        of_round = ("trace", "phase", "position", "doubt", "drawn", "peril")  # not of the node alone
         self._column = {name: features.index(name) for name in of_round if name in features}
-        self._doubts = self._draft_doubts() if "doubt" in features else np.zeros(0)  # (cells * cap,) float32
-        self._traces = self._draft_traces() if "trace" in features else np.zeros(0)  # (cells * cap,) float32
+        # (cells * cap,) float32 each
+        self._doubts = self._perils = self._traces = np.zeros(0, np.float32)
+        if {"doubt", "peril"}.intersection(features):
+            self._doubts, self._perils = self._draft_doubts()
+        if "trace" in features:
+            self._traces = self._draft_traces()
 
     def cell(self, lane: Any, token: Any) -> Any:
         """Node of the first candidate for a round that starts when `token` new tokens are there."""
@@ -83,6 +87,8 @@ class DraftTraceBackend(TraceBackend):
                 out[..., column] = self._traces.take(cell * self.cap + (draft - 1), mode="clip")
             elif name == "doubt":
                 out[..., column] = self._doubts.take(cell * self.cap + (draft - 1), mode="clip")
+            elif name == "peril":
+                out[..., column] = self._perils.take(cell * self.cap + (draft - 1), mode="clip")
             elif name == "phase":
                 out[..., column] = np.minimum(draft, 2)
             elif name == "drawn":
@@ -131,16 +137,23 @@ class DraftTraceBackend(TraceBackend):
         within[trace.branch_starts[1:] - 1] = -1
         return np.concatenate([np.where(trace.accepted, right, wrong).reshape(-1), within]).astype(np.int32)
 
-    def _draft_doubts(self) -> np.ndarray:
-        """(cells * cap,) the `doubt` feature of draft k of a round, at cell * cap + k - 1: of its drafts before k."""
+    def _draft_doubts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(cells * cap,) the features `doubt` and `peril` of draft k of a round, at cell * cap + k - 1: of its drafts
+        before k, and of those up to k, which phase 2 draws before it decides."""
         trace, cells = self.trace, self.trace.accepted.size
         raw = np.concatenate([trace.raw.reshape(cells, -1)[:, :2], trace.branch_raw[:, :2]])  # (nodes, 2)
         own = np.log1p(np.exp(raw[:, 1] - raw[:, 0])) + self._shortfall  # `draft_doubt`
+        coin = np.concatenate([trace.coin.reshape(-1), trace.branch_coin])
+        peril = np.clip(own + np.log(coin), LOG_FLOOR, -LOG_FLOOR)  # `draft_peril`
         sums, node = np.zeros((cells, self.cap), np.float32), np.arange(cells)
+        worst = np.empty_like(sums)
+        worst[:, 0] = peril[node]
         for k in range(1, self.cap):
             sums[:, k] = sums[:, k - 1] + own[node]
             node = self.after[node]  # -1, where the chain ends: some node, and never looked up
-        return np.minimum(sums, -LOG_FLOOR).reshape(-1)
+            worst[:, k] = np.maximum(worst[:, k - 1], peril[node])
+        worst[:, 0] = LOG_FLOOR  # phase 1 decides before the draw
+        return np.minimum(sums, -LOG_FLOOR).reshape(-1), worst.reshape(-1)
 
     def _draft_traces(self) -> np.ndarray:
         """(cells * cap,) the `trace` feature of draft k of a round, at cell * cap + k - 1: the mean over a window of

@@ -155,6 +155,7 @@ const ROWS = [
   ["echo", "echo", 2],
   ["doubt", "doubt", 2],
   ["drawn", "drawn", 2],
+  ["peril", "peril", 2],
 ];
 
 function looksTable(item) {

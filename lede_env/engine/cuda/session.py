@@ -133,7 +133,8 @@ class GraphSession(Session):
         return self._outs[self._row].tolist()
 
     def verify(self, uniforms: Sequence[float], sampling: Sampling, doubts: bool) -> None:
-        """Run every open slot to full depth and settle the drafts, with a uniform number each and one more.
+        """Run every open slot to full depth and settle the drafts, with the coin of each and the number that draws what
+        follows.
 
         doubts: whether `verified` is to tell -log p_max.
         """
@@ -239,10 +240,9 @@ class GraphSession(Session):
         p_x, q_x = p.gather(1, tokens)[:, 0].double(), q.gather(1, tokens)[:, 0].double()
         made = self._offsets[:rows] < drafts
         accepted = ((self._uniforms[:rows] * q_x < p_x) & made).long().cumprod(0).sum()
-        after = torch.minimum(accepted + 1, drafts)  # numbers used so far
         drawn_from = torch.where(accepted < drafts, q.index_select(0, accepted[None]), 0.0)
         weights = residual(p.index_select(0, accepted[None]), drawn_from)
-        return accepted, draw(weights, self._uniforms.index_select(0, after[None]))
+        return accepted, draw(weights, self._uniforms.index_select(0, drafts[None]))
 
     def _replay(self, key: tuple, body: Callable[[], None], uniforms: Sequence[float] = (), **state: int) -> int:
         """Tell the device where the graph stands, and launch it; returns the row of its answer, if it gives one."""
