@@ -297,7 +297,7 @@ def test_two_minari_exports_of_one_name_do_not_meet(dataset, minari):
 
 @pytest.mark.parametrize("dataset_id", ["", "two", "lede/two", "../two-v0", "/tmp/two-v0", "le.de/two-v0", "t w-v0"])
 def test_ids_that_minari_does_not_take(dataset, minari, tmp_path, dataset_id):
-    with pytest.raises(LedeError, match=f"Minari does not take '{dataset_id}': expected an id such as"):
+    with pytest.raises(LedeError, match=f"Minari does not take '{dataset_id}': expected NAME-vN or"):
         dataset.to_minari(dataset_id)
     assert not list(tmp_path.rglob("*"))
 

@@ -220,7 +220,10 @@ def _minari_writing(minari: Any, dataset_id: str) -> Iterator[str]:
     try:
         namespace, name, version = parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:  # TypeError: without a version
-        raise LedeError(f"Minari does not take {dataset_id!r}: expected an id such as lede/tiny-random-v0") from error
+        raise LedeError(
+            f"Minari does not take {dataset_id!r}: expected NAME-vN or NAMESPACE/NAME-vN, of letters, "
+            "digits, - and _ (a namespace of at least two), such as lede/tiny-random-v0"
+        ) from error
     unfinished = gen_dataset_id(namespace, f"{name}-unfinished", version)
     path, target = map(minari.storage.get_dataset_path, (dataset_id, unfinished))
     try:
@@ -343,7 +346,7 @@ def _environment(dataset: Dataset) -> gym.Env | None:
             if not different:
                 return _make(dataset, backend, split=part)
             reasons.append(f"on the {backend} backend its {', '.join(different)} differ")
-        except LedeError as error:
+        except (LedeError, gym.error.Error) as error:
             reasons.append(f"on the {backend} backend: {error}")
     warnings.warn(
         f"{dataset!r} is exported without an environment to recover, as it cannot be made here from what the dataset "
@@ -355,7 +358,7 @@ def _environment(dataset: Dataset) -> gym.Env | None:
 
 def _make(dataset: Dataset, backend: str, **changes: Any) -> gym.Env:
     """The environment that the attributes describe; joined recordings of several splits are of all of them."""
-    env_id = dataset.attributes["env_id"]
+    env_id = dataset.attribute("env_id")
     pinned = gym.spec(env_id).kwargs
     said = {"split": "all", **dataset.attributes, **changes}
     known = {name: value for name, value in said.items() if name in pinned}
