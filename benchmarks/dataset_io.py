@@ -31,7 +31,7 @@ class Args:
     dataset: str = "tiny/random-v0"  # whose rows
     rows: int = 4_000_000  # at least so many
     minari_rows: int = 200_000  # of the same, through Minari, which is slower
-    chunk_rows: int = 65_536  # rows between commits, each with two flushes to the disk
+    chunk_rows: int = 65_536  # rows between commits, each with a flush to the disk
     repeats: int = 3  # the median counts
     folder: Path | None = None  # on the file system to measure; by default a temporary folder
     out: Path = RESULTS / "cpu"  # for dataset_io.csv, .md and .json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import shutil
 from dataclasses import replace
 
@@ -262,6 +263,10 @@ def swap_prompt_ids(file):
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
+        (
+            lambda file: file.attrs.__setitem__("dataset", '"tiny/rendom-v0"'),
+            "copy.h5 says .* 'tiny/rendom-v0' is unkn",
+        ),
         (swap_prompt_ids, "prompt_ids differ, .* now at 0"),
         (lambda file: file.attrs.pop("model_name"), "attribute 'model_name' is None"),
         (lambda file: file.attrs.pop("first_episode"), "attribute 'first_episode' is None"),
@@ -277,6 +282,31 @@ def test_files_that_cannot_be_verified(made, tmp_path, alter, message, named):
         return
     with pytest.raises(LedeError, match=message):
         verify(path)
+
+
+def set_splits(file):
+    splits = json.loads(file.attrs["prompt_splits"])
+    file.attrs["prompt_splits"] = json.dumps({**splits, "test": [999]})
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (set_splits, "is damaged, its prompts or their splits .index 999 is out of bounds"),
+        (lambda file: file.attrs.pop("candidate_layers"), "does not say its candidate_layers"),
+        (lambda file: file.attrs.pop("mdp"), "does not say its mdp"),
+        (lambda file: file.attrs.__setitem__("seed", 7), "corrupted: attribute 'seed' is not text"),
+        (lambda file: file.attrs.__setitem__(b"s\xe3d", "7"), r"attribute b's\\xe3d' is not text"),
+    ],
+)
+def test_damaged_headers_end_in_one_line(made, tmp_path, monkeypatch, capfd, alter, message):
+    path = copy_of(made("tiny/random-v0"), tmp_path, named=True)
+    with h5py.File(path, "r+") as file:
+        alter(file)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "info", path)
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and re.search(message, said) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, 3.0])

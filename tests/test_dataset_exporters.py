@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +16,7 @@ import lede_env
 from lede_env import cli
 from lede_env.data.dataset import Dataset, read_dataset
 from lede_env.data.trajectory_file import COLUMNS, checksum
-from lede_env.data.trajectory_layout import TABLES
+from lede_env.data.trajectory_layout import TABLES, locked
 from lede_env.engine.acceptance import Sampling
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model
@@ -254,10 +256,50 @@ def test_exports_to_a_full_disk_leave_nothing_and_can_be_tried_again(tmp_path, m
 def test_a_minari_export_that_fails_half_way_is_removed_and_one_that_was_there_is_kept(dataset, minari):
     with pytest.raises(TypeError, match="not JSON serializable"):
         dataset.to_minari("lede/half-v0", description=object())
+    assert not minari.list_local_datasets()
     dataset.to_minari("lede/half-v0")
-    with pytest.raises(LedeError, match="already exists"):
+    with pytest.raises(LedeError, match=r"already exists, in .*remove it by `minari delete lede/half-v0`"):
         dataset.to_minari("lede/half-v0")
     assert minari.load_dataset("lede/half-v0").total_episodes == 5
+
+
+def test_a_killed_minari_export_has_not_its_name_and_can_be_tried_again(dataset, minari, monkeypatch):
+    storage = minari.dataset.minari_storage.MinariStorage
+    update = storage.update_metadata
+
+    def killed(self, metadata):
+        update(self, metadata)
+        if metadata.get("total_episodes"):  # Minari itself is done
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "update_metadata", killed)
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                dataset.to_minari("lede/killed-v0")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with pytest.raises(LedeError, match="no dataset 'lede/killed-v0' on this machine"):
+        lede_env.from_minari("lede/killed-v0")
+    assert list(minari.list_local_datasets()) == ["lede/killed-unfinished-v0"]
+    dataset.to_minari("lede/killed-v0")
+    assert list(minari.list_local_datasets()) == ["lede/killed-v0"]
+    assert checksum(lede_env.from_minari("lede/killed-v0").arrays) == checksum(dataset.arrays)
+    assert not list(minari.storage.get_dataset_path().glob("*.lock"))
+
+
+def test_two_minari_exports_of_one_name_do_not_meet(dataset, minari):
+    name = minari.storage.get_dataset_path() / "lede-two-v0"
+    with locked(name), pytest.raises(LedeError, match="being written by another process"):
+        dataset.to_minari("lede/two-v0")
+
+
+@pytest.mark.parametrize("dataset_id", ["", "two", "lede/two", "../two-v0", "/tmp/two-v0", "le.de/two-v0", "t w-v0"])
+def test_ids_that_minari_does_not_take(dataset, minari, tmp_path, dataset_id):
+    with pytest.raises(LedeError, match=f"Minari does not take '{dataset_id}': expected NAME-vN or"):
+        dataset.to_minari(dataset_id)
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_nothing_and_unknown_boundaries_are_refused(dataset):

@@ -255,12 +255,25 @@ def test_four_workers_one_of_them_killed_give_what_one_process_gives(cluster, tm
     assert checksum(lede_env.load_dataset(folder, split="all").arrays) == single.attributes["checksum"]
 
 
-def test_workers_that_cannot_start_say_why(cluster, tmp_path):
+def test_workers_that_cannot_start_say_why(cluster, tmp_path, monkeypatch):
+    import ray
+
     from lede_env.offline.parts import collect
 
     recipe = recipe_of("tiny/random-v0")
     with pytest.raises(LedeError, match="workers=5 for 4 episodes"):
         collect(recipe, tmp_path, 4, workers=5)
+    for gpus in (-1, 1.5):
+        with pytest.raises(LedeError, match=f"gpus_per_worker={gpus} must be"):
+            collect(recipe, tmp_path, 4, workers=2, gpus_per_worker=gpus)
+    with monkeypatch.context() as patched:  # as if `collect` had started the cluster
+        patched.setattr(ray, "is_initialized", lambda: False)
+        patched.setattr(ray, "init", lambda **_: None)
+        with pytest.raises(LedeError, match=r"gpus_per_worker=1000, but Ray sees .* GPUs here"):
+            collect(recipe, tmp_path, 4, workers=2, gpus_per_worker=1000)
+    (tmp_path / "file").touch()
+    with pytest.raises(LedeError, match="file cannot be made a folder"):
+        collect(recipe, tmp_path / "file", 4, workers=2)
     make(recipe, tmp_path / "part-0000.h5", 3)
     with pytest.raises(LedeError, match="with 3 episodes, and not the 2"):
         collect(recipe, tmp_path, 4, workers=2)

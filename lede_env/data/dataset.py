@@ -61,6 +61,16 @@ class Dataset(Trajectories):
         """Names of the observations' columns."""
         return tuple(self.attributes["features"])
 
+    def attribute(self, name: str) -> Any:
+        """An attribute that must be there.
+
+        Raises:
+            LedeError: it is not.
+        """
+        if name not in self.attributes:
+            raise LedeError(f"{self!r} does not say its {name}; record or make it again")
+        return self.attributes[name]
+
     def __repr__(self) -> str:
         name = self.attributes.get("dataset", self.attributes.get("env_id", "dataset"))
         return f"Dataset({name!r}, {self.n_episodes} episodes, {self.n_rows} transitions, {self.features})"
@@ -117,13 +127,14 @@ class Dataset(Trajectories):
     def split(self) -> dict[str, Dataset]:
         """The parts whose prompts are for "train", "validation" and "test"; those that have episodes. The attribute
         `part` of each is its name."""
-        members = self.attributes.get("prompt_splits")
-        if members is None:
-            raise LedeError(f"{self!r} does not say which prompts are for training; record it again")
+        members = self.attribute("prompt_splits")
         of_prompt = np.zeros(len(self.prompt_ids), np.int64)
-        for number, name in enumerate(SPLITS):
-            of_prompt[members[name]] = number
-        of_episode = of_prompt[self["prompt_id"][self.bounds[:-1]]]  # (E,)
+        try:
+            for number, name in enumerate(SPLITS):
+                of_prompt[members[name]] = number
+            of_episode = of_prompt[self["prompt_id"][self.bounds[:-1]]]  # (E,)
+        except (KeyError, IndexError, TypeError) as error:
+            raise LedeError(f"{self!r} is damaged, its prompts or their splits ({error}); make it again") from error
         parts = {name: self.take(of_episode == number) for number, name in enumerate(SPLITS)}
         return {
             name: Dataset(part.arrays, {**part.attributes, "part": name}, part.prompt_ids, part.n_rows)
@@ -135,7 +146,7 @@ class Dataset(Trajectories):
         """With some features alone: "paper", "extended" (all) or a tuple of names."""
         from lede_env.engine.signals import select_features
 
-        names = select_features(features, self.attributes["mdp"])
+        names = select_features(features, self.attribute("mdp"))
         if names == self.features:
             return self
         lacking = [name for name in names if name not in self.features]

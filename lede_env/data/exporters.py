@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 
 from lede_env.data.dataset import PROBLEM, Dataset
-from lede_env.data.trajectory_layout import COLUMNS, TABLES, temporary
+from lede_env.data.trajectory_layout import COLUMNS, TABLES, locked, temporary
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
@@ -189,7 +189,9 @@ def to_minari(dataset: Dataset, dataset_id: str, **about: Any) -> MinariDataset:
         about: `author`, `description` and so on, of `minari.create_dataset_from_buffers`.
 
     Raises:
-        LedeError: no episodes, Minari is not installed or refuses the id, or its storage has no room (nothing is left).
+        LedeError: no episodes, Minari is not installed or refuses the id, has such a dataset or is getting one from
+            another process, or its storage has no room. Nothing is left then; after a kill, neither: the dataset gets
+            its name once it is whole.
     """
     minari = _import_minari()
     buffers = [_minari_buffer(minari, number, episode) for number, episode in enumerate(dataset.episodes())]
@@ -197,25 +199,49 @@ def to_minari(dataset: Dataset, dataset_id: str, **about: Any) -> MinariDataset:
         raise LedeError(f"{dataset!r} has nothing to export")
     about = {"algorithm_name": str(dataset.attributes.get("policy", "unknown")), **about}
     extra = {**dataset.attributes, "prompt_ids": dataset.prompt_ids}
-    path = minari.storage.get_dataset_path(dataset_id)
-    known = path.exists()  # Minari refuses it, and it is not ours to remove
     env = _environment(dataset)
-    try:
+    with closing(env) if env else nullcontext(), _minari_writing(minari, dataset_id) as unfinished:
         _check_room(minari.storage.get_dataset_path(), buffers)
-        made = minari.create_dataset_from_buffers(dataset_id, buffers, env=env, **about, **_spaces(dataset, env))
-        made.storage.update_metadata({_ATTRIBUTES: json.dumps(extra)})
-    except BaseException as error:
-        if not known:
-            shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError):  # h5py has either where it cannot write
-            raise _unwritten(path, error) from error
-        if isinstance(error, ValueError):
+        try:
+            made = minari.create_dataset_from_buffers(unfinished, buffers, env=env, **about, **_spaces(dataset, env))
+        except ValueError as error:
             raise LedeError(f"Minari does not take {dataset_id!r}: {error}") from error
-        raise
-    finally:
-        if env is not None:
-            env.close()
+        metadata = made.storage.data_path / "metadata.json"  # Minari itself does not change an id
+        said = json.loads(metadata.read_text()) | {"dataset_id": dataset_id, _ATTRIBUTES: json.dumps(extra)}
+        metadata.write_text(json.dumps(said))
     return minari.load_dataset(dataset_id)
+
+
+@contextmanager
+def _minari_writing(minari: Any, dataset_id: str) -> Iterator[str]:
+    """The id to write a dataset under, whose folder is then renamed to that of `dataset_id`, or removed on an error."""
+    from minari.dataset.minari_dataset import gen_dataset_id, parse_dataset_id
+
+    try:
+        namespace, name, version = parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:  # TypeError: without a version
+        raise LedeError(
+            f"Minari does not take {dataset_id!r}: expected NAME-vN or NAMESPACE/NAME-vN, of letters, "
+            "digits, - and _ (a namespace of at least two), such as lede/tiny-random-v0"
+        ) from error
+    unfinished = gen_dataset_id(namespace, f"{name}-unfinished", version)
+    path, target = map(minari.storage.get_dataset_path, (dataset_id, unfinished))
+    try:
+        with locked(minari.storage.get_dataset_path() / dataset_id.replace("/", "-")):
+            if path.exists():
+                raise LedeError(
+                    f"Minari's dataset {dataset_id!r} already exists, in {path}; choose another id, or remove it by "
+                    f"`minari delete {dataset_id}`"
+                )
+            shutil.rmtree(target, ignore_errors=True)  # what a killed export left
+            try:
+                yield unfinished
+                target.rename(path)
+            except BaseException:
+                shutil.rmtree(target, ignore_errors=True)
+                raise
+    except (OSError, RuntimeError) as error:  # h5py has either where it cannot write
+        raise _unwritten(path, error) from error
 
 
 def from_minari(dataset_id: str) -> Dataset:
@@ -320,7 +346,7 @@ def _environment(dataset: Dataset) -> gym.Env | None:
             if not different:
                 return _make(dataset, backend, split=part)
             reasons.append(f"on the {backend} backend its {', '.join(different)} differ")
-        except LedeError as error:
+        except (LedeError, gym.error.Error) as error:
             reasons.append(f"on the {backend} backend: {error}")
     warnings.warn(
         f"{dataset!r} is exported without an environment to recover, as it cannot be made here from what the dataset "
@@ -332,7 +358,7 @@ def _environment(dataset: Dataset) -> gym.Env | None:
 
 def _make(dataset: Dataset, backend: str, **changes: Any) -> gym.Env:
     """The environment that the attributes describe; joined recordings of several splits are of all of them."""
-    env_id = dataset.attributes["env_id"]
+    env_id = dataset.attribute("env_id")
     pinned = gym.spec(env_id).kwargs
     said = {"split": "all", **dataset.attributes, **changes}
     known = {name: value for name, value in said.items() if name in pinned}

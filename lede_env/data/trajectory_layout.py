@@ -85,7 +85,7 @@ def checked_prompt_ids(prompt_ids: Sequence[str]) -> list[str]:
 
 
 def decode_attributes(file: h5py.File) -> dict[str, Any]:
-    return {name: json.loads(value) for name, value in file.attrs.items()}
+    return {name: json.loads(file.attrs[name]) for name in file.attrs}
 
 
 def read_prompt_ids(file: h5py.File) -> list[str]:
@@ -233,6 +233,7 @@ def open_checked(path: Path) -> h5py.File:
         file = h5py.File(path, "r", driver="sec2", locking=False)  # a driver with a file descriptor, to map
     try:
         with read_errors(path):
+            _check_attributes(path, file)
             _check_format(path, file)
             _check_storage(path, file)
             _check_columns(path, file)
@@ -240,6 +241,14 @@ def open_checked(path: Path) -> h5py.File:
         file.close()
         raise
     return file
+
+
+def _check_attributes(path: Path, file: h5py.File) -> None:
+    """Before any is read: HDF5 crashes where a damaged one's type makes it read others' bytes as addresses."""
+    for name in file.attrs:
+        kind = file.attrs.get_id(name).get_type() if isinstance(name, str) else None  # bytes: not UTF-8
+        if not (isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()):
+            raise LedeError(f"{path}: corrupted: attribute {name!r} is not text; copy or make it again")
 
 
 def _check_format(path: Path, file: h5py.File) -> None:

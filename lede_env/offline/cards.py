@@ -50,14 +50,14 @@ def split_summary(part: Dataset) -> dict[str, Any]:
 def exit_shares(dataset: Dataset) -> dict[int, float]:
     """Share of the exits (draft MDP: of the verified rounds) at each candidate layer."""
     layers = dataset["layer"][dataset["accepted"] >= 0]
-    return {layer: round(float((layers == layer).mean()), 4) for layer in dataset.attributes["candidate_layers"]}
+    return {layer: round(float((layers == layer).mean()), 4) for layer in dataset.attribute("candidate_layers")}
 
 
 def coverage(dataset: Dataset) -> dict[str, float]:
     """Share of exits among the decisions of each phase and layer, and of decisions that made no difference."""
     shares = {"forced": float(dataset["forced"].mean())}
     for phase in np.unique(dataset["phase"]).tolist():
-        for layer in dataset.attributes["candidate_layers"]:
+        for layer in dataset.attribute("candidate_layers"):
             here = (dataset["phase"] == phase) & (dataset["layer"] == layer)
             if here.any():
                 shares[f"exit, phase {phase}, layer {layer}"] = float((dataset["actions"][here] == EXIT).mean())

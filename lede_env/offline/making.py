@@ -17,7 +17,7 @@ from lede_env.data.registry import default_trace, load_trace
 from lede_env.data.trajectory_file import PROVENANCE, checksum, read_trajectories, rewrite
 from lede_env.data.trajectory_layout import locked, open_checked, temporary
 from lede_env.errors import LedeError
-from lede_env.offline.tiers import NAMES, Recipe, recipe_of
+from lede_env.offline.tiers import Recipe, recipe_of
 from lede_env.oracles import Oracle
 from lede_env.policies import check_compatible
 from lede_env.recording import (
@@ -198,6 +198,14 @@ def _check_whole(out: Path, attributes: dict[str, Any], count: int) -> None:
         )
 
 
+def _recipe_that(path: str | os.PathLike, name: Any) -> Recipe:
+    """The recipe that a file says it is made by."""
+    try:
+        return recipe_of(name)
+    except LedeError as error:
+        raise LedeError(f"{path} says that it is {name!r}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Verification:
     """What was checked of a file. True if all of it holds."""
@@ -228,7 +236,7 @@ def verify(path: str | os.PathLike) -> Verification:
     name, that its recipe gives the same arrays, log-probabilities too, and the same header.
 
     Raises:
-        LedeError: not a trajectory file, or its environment or its trace is not what it was.
+        LedeError: not a trajectory file, of an unknown name, or its environment or its trace is not what it was.
     """
     content = read_trajectories(path)
     said = content.attributes
@@ -236,9 +244,9 @@ def verify(path: str | os.PathLike) -> Verification:
     if said.get("trace_digest", load_trace(trace).digest) != load_trace(trace).digest:
         raise LedeError(f"{path} was made from another recording of {trace}; make it again by `lede dataset make`")
     rebuilt, altered = None, []
-    if said.get("dataset") in NAMES:
+    if "dataset" in said:
         with tempfile.TemporaryDirectory() as folder:
-            again = make(recipe_of(said["dataset"]), Path(folder) / "again.h5", content.n_episodes,
+            again = make(_recipe_that(path, said["dataset"]), Path(folder) / "again.h5", content.n_episodes,
                          first=attribute(path, content, "first_episode", int), compressed=False)  # fmt: skip
             same = read_trajectories(again)
         rebuilt = checksum(same.arrays)

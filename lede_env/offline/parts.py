@@ -53,7 +53,8 @@ def collect(
         progress: called with how many parts are whole, and how many there are.
 
     Raises:
-        LedeError: Ray is not installed, no episodes or fewer than workers, or the folder holds another dataset.
+        LedeError: Ray is not installed, no episodes or fewer than workers, more GPUs than there are, or the folder
+            cannot be made or holds another dataset.
     """
     count = episode_count(recipe, episodes)
     try:
@@ -63,9 +64,17 @@ def collect(
     folder = Path(folder).resolve()
     if not 1 <= workers <= count:
         raise LedeError(f"workers={workers} for {count} episodes; give between 1 and as many workers as episodes")
-    folder.mkdir(parents=True, exist_ok=True)
+    if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
+        raise LedeError(f"gpus_per_worker={gpus_per_worker:g} must be a fraction below 1 or a whole number")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedeError(f"{folder} cannot be made a folder ({error}); choose another path") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
+        found = ray.cluster_resources().get("GPU", 0)
+        if found < gpus_per_worker and "RAY_ADDRESS" not in os.environ:  # Ray waits for more; only clusters may grow
+            raise LedeError(f"gpus_per_worker={gpus_per_worker:g}, but Ray sees {found:g} GPUs here; ask for no more")
     play_part = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_retries=RETRIES)(_make_part)
     bounds = [count * n // workers for n in range(workers + 1)]
     tasks = [play_part.remote(recipe, folder, n, bounds[n], bounds[n + 1] - bounds[n]) for n in range(workers)]
