@@ -29,7 +29,8 @@ BATCH = 256  # transitions an update, for all agents that do not say otherwise
 class Agent(Protocol):
     """A way to learn a policy. `Agent(**settings)` makes one; the leaderboard tries each of `grid` on validation.
 
-    It may also say that it is `deterministic` (all seeds are one), and which features it `needs` to make any sense.
+    It may also say that it is `deterministic` (all seeds are one), which features it `needs` to make any sense, and
+    which `files` its result depends on beside the one it stands in: finished runs are kept until one of them changes.
     """
 
     learns_from: str  # "data": the task's dataset; "trace": what would have come of every decision; "play": itself

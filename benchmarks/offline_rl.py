@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmarks.harness import RESULTS, machine, print_table, write_csv, write_results
 from benchmarks.offline_rl_figure import draw
-from benchmarks.offline_rl_runs import Run, execute_all, find_agent
+from benchmarks.offline_rl_runs import Run, execute_all, find_agent, setting_text
 from benchmarks.rl_statistics import bootstrap, iqm
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
@@ -229,7 +229,7 @@ def interval_text(scores: np.ndarray) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    return ",".join(f"{name}={value:g}" for name, value in settings.items())
+    return ",".join(f"{name}={setting_text(value)}" for name, value in settings.items())
 
 
 def run_rows(results: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

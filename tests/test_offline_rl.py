@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from agents.bars import Fixed, Logistic, OracleCloning, Shipped, Thresholds
 from agents.judge import judge
 from agents.nstep_dqn import NStepDQN
 from agents.task import Board
-from benchmarks import offline_rl
+from benchmarks import offline_rl, offline_rl_runs
 from benchmarks.offline_rl_runs import Run, environment_of, execute_all, find_agent
 from benchmarks.rl_statistics import bootstrap, iqm, profile
 from lede_env import evaluate
@@ -172,6 +174,70 @@ def test_finished_runs_are_kept_and_a_failure_names_its_run(log, tmp_path):
     assert load_policy(file.parent / "policy").features == ("confidence", "entropy", "trace")
     with pytest.raises(LedeError, match=r"seed=2.*failed.*hue.*finished runs are kept"):
         execute_all([replace(run, seed=2, settings={"hue": 1})], tmp_path, 1, lambda: None)
+
+
+def test_an_edited_agent_and_other_data_are_trained_anew(log, tmp_path, monkeypatch):
+    agent = "class A:\n    learns_from, grid = 'data', ({},)\n    def train(self, task): return Policy()\n"
+    policy = (
+        "class Policy:\n    features = ('top1',)\n    def exit_probability(self, x): return (x[:, 0] < LIMIT) * 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def play(limit: float, data: Path) -> dict:
+        (tmp_path / "edited.py").write_text(f"LIMIT = {limit}\n{policy}{agent}")
+        sys.modules.pop("edited", None)  # as in a new process
+        importlib.invalidate_caches()
+        offline_rl_runs.made_from.cache_clear()
+        offline_rl_runs.load.cache_clear()
+        return execute_all([Run("a", "edited:A", {}, str(data), "extended", 1, 10)], tmp_path, 1, lambda: None)[0]
+
+    data = Path(shutil.copy(log, tmp_path / "data.h5"))
+    first = play(0.25, data)
+    assert play(0.25, data) == first
+    assert play(0.125, data)["test"] != first["test"]
+    again = play(0.25, data)
+    shutil.copy(log_random(tmp_path, episodes=10), data)
+    other = play(0.25, data)
+    assert other["made_from"]["dataset"] != again["made_from"]["dataset"]
+    assert other["made_from"]["agent"] == again["made_from"]["agent"] == first["made_from"]["agent"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("grid = ()", "expected a dict of settings for each trial"),
+        ("grid = {'a': 1}", "expected a dict of settings for each trial"),
+        ("grid = ({'a': {1}},)", "JSON cannot hold"),
+        ("learns_from = 'osmosis'", "learns_from='osmosis'; expected one of data, trace, play"),
+    ],
+)
+def test_what_an_agent_says_of_itself_is_checked(tmp_path, monkeypatch, body, message):
+    text = f"class A:\n    learns_from, grid = 'data', ({{}},)\n    {body}\n    def train(self, task): ...\n"
+    (tmp_path / "newcomer.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "newcomer", raising=False)
+    with pytest.raises(LedeError, match=message):
+        find_agent("newcomer:A")
+    del sys.modules["newcomer"]
+
+
+def test_settings_may_be_of_any_kind(log, tmp_path, monkeypatch):
+    """And a run that fails says where: training that forgot its return, then one that raises."""
+    text = (
+        "class A:\n    learns_from = 'data'\n    grid = ({'kind': 'a'}, {'kind': 'b', 'sizes': [64, 64], 'x': None},)\n"
+        "    def __init__(self, **settings): self.settings = settings\n"
+        "    def train(self, task):\n        if self.settings['kind'] == 'b': raise RuntimeError('out of luck')\n"
+    )
+    (tmp_path / "kinds.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runs = [Run("a", "kinds:A", settings, str(log), "paper", 1, 10) for settings in find_agent("kinds:A").grid]
+    assert [run.folder(tmp_path).name for run in runs] == ["kinda-seed1", "kindb-sizes-64-64-xNone-seed1"]
+    with pytest.raises(LedeError, match="train gave None; expected a policy"):
+        execute_all(runs[:1], tmp_path, 1, lambda: None)
+    with pytest.raises(LedeError, match=r"out of luck; \S+error\.txt says where"):
+        execute_all(runs[1:], tmp_path, 1, lambda: None)
+    assert 'kinds.py", line 6' in (runs[1].folder(tmp_path) / "error.txt").read_text()
+    del sys.modules["kinds"]
 
 
 @pytest.fixture(scope="module")
