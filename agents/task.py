@@ -43,6 +43,7 @@ class Board:
     """TensorBoard's curves of a run, under the names that every agent shares; nothing where it is not installed.
 
     `loss` and what the newest policy does: `return` a prompt, `normalised_score`, `acceptance` and `exit_layer`.
+    Those of an earlier run in the folder go: TensorBoard would draw both as one zigzag.
     """
 
     CURVES = ("loss", "return", "normalised_score", "acceptance", "exit_layer")
@@ -54,6 +55,8 @@ class Board:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
+            for earlier in folder.glob("events.out.tfevents.*"):
+                earlier.unlink()
             self._writer = SummaryWriter(folder)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:

@@ -144,6 +144,18 @@ def test_all_agents_log_the_same_curves(task, tmp_path):
         assert set(events.Tags()["scalars"]) == set(Board.CURVES)
 
 
+def test_curves_of_an_earlier_run_are_replaced(tmp_path):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (5, 3):  # the first, cut short, had come further
+        board = Board(tmp_path)
+        for step in range(steps):
+            board.add(step, {"loss": float(steps)})
+        board.close()
+    events = event_file.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 3.0), (1, 3.0), (2, 3.0)]
+
+
 # --- runs
 
 
