@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from agents.judge import judge
@@ -26,6 +27,7 @@ from lede_env.data.trajectory_file import checksum
 from lede_env.digest import digest
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
+from lede_env.evaluation import Evaluation
 from lede_env.offline.loading import load_dataset
 from lede_env.policies import TrainedPolicy
 from lede_env.registration import ENVIRONMENTS
@@ -131,7 +133,9 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     # An agent of the draft MDP has no score on the exit MDP.
     if getattr(policy, "mdp", "exit") == dataset.attributes["mdp"] or not isinstance(policy, TrainedPolicy):
         for split in ("validation", "test"):
-            result[split] = summary(judge(policy, env_id, split, env_kwargs))
+            played = judge(policy, env_id, split, env_kwargs)
+            result[split] = summary(played)
+        result["prompts"] = normalised(played.returns, played).tolist()
     if not hasattr(policy, "decisions"):
         result["modelled_speedup"] = judge(policy, *draft_problem(env_id, env_kwargs)).modelled_speedup
     if isinstance(policy, TrainedPolicy):
@@ -140,6 +144,11 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.rename(folder / "result.json")
     return result
+
+
+def normalised(returns: np.ndarray, scale: Evaluation) -> np.ndarray:
+    """(P,) returns as scores, whose mean is the normalised score."""
+    return 100.0 * (returns - scale.J_random) / (scale.J_oracle - scale.J_random)
 
 
 @lru_cache(maxsize=2)

@@ -252,6 +252,13 @@ def test_settings_may_be_of_any_kind(log, tmp_path, monkeypatch):
     del sys.modules["kinds"]
 
 
+def test_the_lead_over_the_bar_is_paired_over_prompts():
+    bar = [{"prompts": [0.0, 50.0, 100.0]}]
+    runs = [{"prompts": [1.0, 51.0, 101.0]}, {"prompts": [3.0, 53.0, 103.0]}]
+    assert offline_rl.lead(runs, bar) == "+2.0 (+2.0 to +2.0)"  # on every prompt alike, however they differ
+    assert offline_rl.lead([{"prompts": [1.0]}], bar) == offline_rl.lead([{}], bar) == ""
+
+
 @pytest.fixture(scope="module")
 def board(log, tmp_path_factory):
     """A small leaderboard with a newcomer's agent: the one of agents/README.md, written as it is there."""
@@ -275,6 +282,9 @@ def test_a_newcomers_agent_gets_its_row(board):
     assert set(rows) == {"thresholds", "logistic regression", "my_module:MyAgent"}
     mine = rows["my_module:MyAgent"]
     assert mine["learns from"] == "data" and mine["low"] <= mine["IQM"] <= mine["high"] and mine["modelled speedup"] > 1
+    ahead, low, high = map(float, re.findall(r"[+-][\d.]+", mine["over thresholds"]))
+    assert low < ahead < high and rows["thresholds"]["over thresholds"] == ""
+    assert ahead == pytest.approx(mine["IQM"] - rows["thresholds"]["IQM"], abs=0.06)  # two runs: their mean
     assert {path.name for path in board.out.iterdir()} == {
         "leaderboard.csv", "leaderboard.md", "leaderboard.json", "leaderboard.png", "runs.csv",
     }  # fmt: skip
