@@ -134,7 +134,7 @@ def main(args: Args) -> None:
     scores = {key: scores_of(found) for key, found in grouped(entries, results).items()}
     draw(rows, scores, args.out / "leaderboard.png")
     for features in args.features:
-        shown = ("agent", "learns from", "IQM", "low", "high", "over thresholds", "modelled speedup")
+        shown = ("agent", "learns from", "IQM", "low", "high", "modelled speedup")
         own = [{name: row[name] for name in shown} for row in rows if row["features"] == features]
         print_table(f"{features} features", own, console)
     console.print(f"written to {args.out}: leaderboard.csv, .md, .json and .png, runs.csv")
