@@ -29,7 +29,8 @@ BATCH = 256  # transitions an update, for all agents that do not say otherwise
 class Agent(Protocol):
     """A way to learn a policy. `Agent(**settings)` makes one; the leaderboard tries each of `grid` on validation.
 
-    It may also say that it is `deterministic` (all seeds are one), and which features it `needs` to make any sense.
+    It may also say that it is `deterministic` (all seeds are one), which features it `needs` to make any sense, and
+    which `files` its result depends on beside the one it stands in: finished runs are kept until one of them changes.
     """
 
     learns_from: str  # "data": the task's dataset; "trace": what would have come of every decision; "play": itself
@@ -42,6 +43,7 @@ class Board:
     """TensorBoard's curves of a run, under the names that every agent shares; nothing where it is not installed.
 
     `loss` and what the newest policy does: `return` a prompt, `normalised_score`, `acceptance` and `exit_layer`.
+    Those of an earlier run in the folder go: TensorBoard would draw both as one zigzag.
     """
 
     CURVES = ("loss", "return", "normalised_score", "acceptance", "exit_layer")
@@ -53,6 +55,8 @@ class Board:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
+            for earlier in folder.glob("events.out.tfevents.*"):
+                earlier.unlink()
             self._writer = SummaryWriter(folder)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:

@@ -28,12 +28,13 @@ from rich.console import Console
 
 from benchmarks.harness import RESULTS, machine, print_table, write_csv, write_results
 from benchmarks.offline_rl_figure import draw
-from benchmarks.offline_rl_runs import Run, execute_all, find_agent
+from benchmarks.offline_rl_runs import Run, execute_all, find_agent, setting_text
 from benchmarks.rl_statistics import bootstrap, iqm
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
+from lede_env.evaluation import paired_bootstrap
 
 AGENTS = {
     "best fixed layer": "agents.bars:Fixed",
@@ -58,6 +59,7 @@ AGENTS = {
 }
 CHECKED = ("thresholds", "logistic regression", "n-step DQN (paper)")  # in the short version
 CHECKED_DATASET, CHECKED_FEATURES = "tiny/mixed-v0", "extended"
+BAR = "thresholds"  # what every agent is compared with, prompt by prompt
 TUNING_SEED = 1000  # apart from the seeds that are reported
 ROUNDING = 0.1  # of a score: what another machine's rounding may make of a seed
 
@@ -121,6 +123,7 @@ def main(args: Args) -> None:
         "updates of batch 256": args.updates,
         "scores": "on the exit MDP's test prompts; 0: random play, 100: the clairvoyant optimum",
         "IQM": "interquartile mean over datasets and seeds; low, high: its 95 % stratified bootstrap interval",
+        "over thresholds": "mean score of all runs less that of thresholds; paired over test prompts, 95 % bootstrap",
         "speedup": "modelled, of the same policy on the draft MDP's test prompts, cost model tiny-cpu; mean over runs",
         "learns from": "data: the dataset; trace: the outcomes of all decisions on the training prompts; play: itself",
         **machine(),
@@ -202,8 +205,14 @@ def scores_of(found: dict[str, list[dict[str, Any]]]) -> np.ndarray:
 def leaderboard(entries: Sequence[Entry], results: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row an agent and set of features, the best first."""
     learns = {entry.agent: entry.learns_from for entry in entries}
+    groups = grouped(entries, results)
+    bars = {
+        features: [run for each in found.values() for run in each]
+        for (features, agent), found in groups.items()
+        if agent == BAR
+    }
     rows = []
-    for (features, agent), found in grouped(entries, results).items():
+    for (features, agent), found in groups.items():
         scores = scores_of(found)
         low, high = bootstrap(scores)
         row: dict[str, Any] = {"features": features, "agent": agent, "learns from": learns[agent]}
@@ -216,11 +225,21 @@ def leaderboard(entries: Sequence[Entry], results: Sequence[list[dict[str, Any]]
                 row[dataset] = interval_text(own[None])
         runs = [run for each in found.values() for run in each]
         speedups = [run["modelled_speedup"] for run in runs if run.get("modelled_speedup") is not None]
+        row["over thresholds"] = lead(runs, bars[features]) if agent != BAR and bars.get(features) else ""
         row["modelled speedup"] = float(np.mean(speedups)) if speedups else float("nan")
         row["seconds a run"] = float(np.mean([run["seconds"] for run in runs]))
         row["settings"] = " ".join(dict.fromkeys(settings_text(run["run"]["settings"]) for run in runs))
         rows.append(row)
     return sorted(rows, key=lambda row: (row["features"], -np.nan_to_num(row["IQM"], nan=-np.inf)))
+
+
+def lead(runs: Sequence[dict[str, Any]], bar: Sequence[dict[str, Any]]) -> str:
+    """How far the mean of some runs is ahead of that of others, prompt by prompt, and what other prompts might say."""
+    tables = [[run["prompts"] for run in own if "prompts" in run] for own in (runs, bar)]
+    if len({len(scores) for table in tables for scores in table}) != 1 or not all(tables):
+        return ""  # of another MDP, or on other prompts
+    ahead = paired_bootstrap(*(np.mean(table, axis=0) for table in tables))
+    return f"{ahead.mean:+.1f} ({ahead.low:+.1f} to {ahead.high:+.1f})"
 
 
 def interval_text(scores: np.ndarray) -> str:
@@ -229,7 +248,7 @@ def interval_text(scores: np.ndarray) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    return ",".join(f"{name}={value:g}" for name, value in settings.items())
+    return ",".join(f"{name}={setting_text(value)}" for name, value in settings.items())
 
 
 def run_rows(results: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,24 +6,33 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from agents.judge import judge
 from agents.task import Agent, Board, Task, summary
 from lede_env.data.dataset import Dataset
+from lede_env.data.registry import default_trace, load_trace
+from lede_env.data.trajectory_file import checksum
+from lede_env.digest import digest
 from lede_env.engine.signals import select_features
 from lede_env.errors import LedeError
+from lede_env.evaluation import Evaluation
 from lede_env.offline.loading import load_dataset
 from lede_env.policies import TrainedPolicy
 from lede_env.registration import ENVIRONMENTS
+
+LEARNS_FROM = ("data", "trace", "play")
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,14 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Where its result goes: a level each for the agent, what it learns from, and the rest."""
-        settings = "-".join(f"{name}{value:g}" for name, value in self.settings.items()) or "default"
+        settings = "-".join(f"{name}{setting_text(value)}" for name, value in self.settings.items()) or "default"
         parts = self.agent, f"{self.dataset}-{self.features}", f"{settings}-seed{self.seed}"
         return out.joinpath(*(re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts))
+
+
+def setting_text(value: Any) -> str:
+    """A setting in short: numbers to six digits."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def find_agent(source: str) -> type[Agent]:
@@ -65,7 +79,38 @@ def find_agent(source: str) -> type[Agent]:
     for needed in ("train", "grid", "learns_from"):
         if not hasattr(found, needed):
             raise LedeError(f"agent {source!r} has no {needed!r}; agents/README.md says what an agent needs")
+    if found.learns_from not in LEARNS_FROM:
+        raise LedeError(
+            f"agent {source!r} has learns_from={found.learns_from!r}; expected one of {', '.join(LEARNS_FROM)}"
+        )
+    _check_grid(source, found.grid)
     return found
+
+
+def _check_grid(source: str, grid: Any) -> None:
+    example = 'grid = ({"learning_rate": 1e-3},), or ({},) where there is nothing to choose'
+    if not isinstance(grid, Sequence) or not grid or not all(isinstance(settings, dict) for settings in grid):
+        raise LedeError(f"agent {source!r} has grid={grid!r}; expected a dict of settings for each trial: {example}")
+    try:
+        json.dumps(grid)
+    except TypeError as error:
+        raise LedeError(f"agent {source!r} has grid={grid!r}, which JSON cannot hold ({error}): {example}") from error
+
+
+@lru_cache
+def made_from(source: str, dataset: str) -> dict[str, str]:
+    """Digests of what a run's result depends on beside its settings. Where one differs, the run is made anew.
+
+    Of the code only the agent's own file counts, and the `files` that its class may name.
+    """
+    found, logged = find_agent(source), load(dataset)
+    files = [Path(str(sys.modules[found.__module__].__file__)), *getattr(found, "files", ())]
+    trace = default_trace(logged.attributes["model_name"], logged.attributes["temperature"])
+    return {
+        "agent": digest([file.read_bytes().hex() for file in files]),
+        "dataset": checksum(logged.arrays),
+        "trace": load_trace(trace).digest,
+    }
 
 
 def execute(run: Run, out: Path) -> dict[str, Any]:
@@ -82,11 +127,15 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     policy = find_agent(run.source)(**run.settings).train(task)
     seconds = time.perf_counter() - begin
     board.close()
-    result = {"run": asdict(run), "seconds": seconds}
+    if not hasattr(policy, "decisions") and not (hasattr(policy, "features") and hasattr(policy, "exit_probability")):
+        raise LedeError(f"train gave {policy!r}; expected a policy, with `features` and `exit_probability`")
+    result: dict[str, Any] = {"run": asdict(run), "made_from": made_from(run.source, run.dataset), "seconds": seconds}
     # An agent of the draft MDP has no score on the exit MDP.
     if getattr(policy, "mdp", "exit") == dataset.attributes["mdp"] or not isinstance(policy, TrainedPolicy):
         for split in ("validation", "test"):
-            result[split] = summary(judge(policy, env_id, split, env_kwargs))
+            played = judge(policy, env_id, split, env_kwargs)
+            result[split] = summary(played)
+        result["prompts"] = normalised(played.returns, played).tolist()
     if not hasattr(policy, "decisions"):
         result["modelled_speedup"] = judge(policy, *draft_problem(env_id, env_kwargs)).modelled_speedup
     if isinstance(policy, TrainedPolicy):
@@ -95,6 +144,11 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.rename(folder / "result.json")
     return result
+
+
+def normalised(returns: np.ndarray, scale: Evaluation) -> np.ndarray:
+    """(P,) returns as scores, whose mean is the normalised score."""
+    return 100.0 * (returns - scale.J_random) / (scale.J_oracle - scale.J_random)
 
 
 @lru_cache(maxsize=2)
@@ -124,7 +178,8 @@ def draft_problem(env_id: str, env_kwargs: dict[str, Any]) -> tuple[str, str, di
 
 
 def execute_all(runs: Iterable[Run], out: Path, workers: int, done: Callable[[], None]) -> list[dict[str, Any]]:
-    """The results of runs, in order; what an earlier call has finished is read, the others are made in processes.
+    """The results of runs, in order; what an earlier call has finished, from the same agent's file, dataset and trace,
+    is read, the others are made in processes.
 
     Raises:
         LedeError: a run failed; the message names it, and finished runs are kept.
@@ -135,7 +190,8 @@ def execute_all(runs: Iterable[Run], out: Path, workers: int, done: Callable[[],
         finished = run.folder(out) / "result.json"
         if finished.is_file():
             stored = json.loads(finished.read_text())
-            if stored["run"] == json.loads(json.dumps(asdict(run))):
+            same_run = stored["run"] == json.loads(json.dumps(asdict(run)))
+            if same_run and stored.get("made_from") == made_from(run.source, run.dataset):
                 results[index] = stored
                 done()
     missing = [(index, run, out) for index, run in enumerate(runs) if index not in results]
@@ -160,7 +216,9 @@ def _execute(job: tuple[int, Run, Path]) -> tuple[int, dict[str, Any]]:
     try:
         return index, execute(run, out)
     except Exception as error:  # whatever a stranger's agent raises: it must reach the user with the run's name
-        return index, {"error": f"{type(error).__name__}: {error}"}
+        file = run.folder(out) / "error.txt"
+        file.write_text(traceback.format_exc())
+        return index, {"error": f"{type(error).__name__}: {error}; {file} says where"}
 
 
 def pool(workers: int) -> Any:

@@ -9,15 +9,17 @@ import pytest
 
 pytest.importorskip("d3rlpy")
 
-from agents import d3rlpy_offline
+from agents import d3rlpy_offline, nstep_dqn
 from agents.bars import Thresholds
 from agents.d3rlpy_offline import GAMMA, batch, import_d3rlpy
 from agents.decision_transformer import DecisionTransformer, token_walks
 from agents.fqe import exact_value, first_rows, fitted_value, token_values
 from agents.judge import judge
-from agents.nstep_dqn import NStepDQN
-from agents.task import Task
+from agents.noisy_network import forward
+from agents.nstep_dqn import Args, Learner, NStepDQN
+from agents.task import Task, linear_layers
 from benchmarks.rl_statistics import bootstrap
+from lede_env.data.dataset import Dataset
 from lede_env.policies import MaskedMLPPolicy, RandomPolicy, load_policy
 from tests.small_tasks import log_random, small_task
 
@@ -103,6 +105,62 @@ def test_fqe_comes_near_the_truth(task):
     rewards = task.transitions["rewards"]
     assert abs(error) < 0.2 * rewards.std()
     assert len(first_rows(task)) == (task.dataset["discount"] == 0).sum()
+
+
+def same_steps(task: Task, updates: int) -> tuple[np.ndarray, np.ndarray]:
+    """Q-values (N, 2) of the hand-written DQN and of d3rlpy's after updates on the same batches, from the same weights.
+
+    Without noise, and without what is ours alone: the two rules for the last candidate.
+    """
+    every, rate = 4, 1e-3
+    scaled = {
+        "rewards": task.dataset["rewards"] * np.float32(d3rlpy_offline.REWARD_SCALE),  # its loss is quadratic up to 1
+        "forced": np.zeros(len(task.dataset), bool),
+    }
+    data = Dataset(task.dataset.arrays | scaled, task.attributes, task.dataset.prompt_ids, len(task.dataset))
+    task = replace(task, dataset=data)
+
+    d3rlpy = import_d3rlpy()
+    d3rlpy.seed(0)
+    settings = {name: value for name, value in d3rlpy_offline.scalers(task).items() if name == "observation_scaler"}
+    encoder = d3rlpy.models.encoders.VectorEncoderFactory(hidden_units=d3rlpy_offline.HIDDEN)
+    theirs = d3rlpy.algos.DQNConfig(
+        learning_rate=rate, gamma=GAMMA, target_update_interval=every, encoder_factory=encoder, **settings
+    ).create()
+    theirs.create_impl((len(task.features),), 2)
+
+    args = Args(features=task.features, sigma=0.0, n_step=1, gamma=GAMMA, learning_rate=rate, target_every=every)
+    learner = Learner(args, task.attributes["features"], task.attributes)
+    learner.before_last = 0
+    means = learner.network.layers(learner.network.parameters[0])
+    for layer, weight, bias in zip(means, *linear_layers(theirs.impl.modules.q_funcs[0]), strict=True):
+        layer[:-1], layer[-1] = weight.T, bias
+    learner.start(task.dataset)
+    learner.network.noise = lambda rng: np.zeros_like(learner.network.parameters[0])
+    learner.updates = every - 1  # d3rlpy copies into its target after the first update, then after every 4th
+    rng, buffer = np.random.default_rng(0), learner.buffer
+    for _ in range(updates):
+        rows = rng.integers(len(data), size=64)
+        buffer.sample = lambda count, rng, rows=rows: {name: array[rows] for name, array in buffer.arrays.items()}
+        learner.update(1)
+        theirs.update(batch(task, rows))
+    x = task.transitions["observations"]
+    q = [theirs.predict_value(x, np.full(len(x), action)) for action in (0, 1)]
+    ours, _ = forward(means, learner.observe(data["observations"]))
+    return ours, np.stack(q, axis=1)
+
+
+def test_the_hand_written_dqn_takes_d3rlpys_steps(task, monkeypatch):
+    """Targets, loss, gradient, Adam and target copies in one. (Rounding grows: after 100 updates it is a tenth.)"""
+    ours, theirs = same_steps(task, 12)
+    np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.std())
+    targets = nstep_dqn.n_step_targets
+    for discount in (0.0, 1.0):  # never bootstrapping, or beyond the token, is found out
+        monkeypatch.setattr(
+            nstep_dqn, "n_step_targets", lambda r, d, *rest, to=discount: targets(r, np.full_like(d, to), *rest)
+        )
+        wrong, _ = same_steps(task, 12)
+        assert np.abs(wrong - theirs).max() > 0.2 * theirs.std()
 
 
 def test_the_hand_written_dqn_agrees_with_d3rlpys(log):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from agents.bars import Fixed, Logistic, OracleCloning, Shipped, Thresholds
 from agents.judge import judge
 from agents.nstep_dqn import NStepDQN
 from agents.task import Board
-from benchmarks import offline_rl
+from benchmarks import offline_rl, offline_rl_runs, offline_rl_speed
 from benchmarks.offline_rl_runs import Run, environment_of, execute_all, find_agent
 from benchmarks.rl_statistics import bootstrap, iqm, profile
 from lede_env import evaluate
@@ -142,6 +144,18 @@ def test_all_agents_log_the_same_curves(task, tmp_path):
         assert set(events.Tags()["scalars"]) == set(Board.CURVES)
 
 
+def test_curves_of_an_earlier_run_are_replaced(tmp_path):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (5, 3):  # the first, cut short, had come further
+        board = Board(tmp_path)
+        for step in range(steps):
+            board.add(step, {"loss": float(steps)})
+        board.close()
+    events = event_file.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 3.0), (1, 3.0), (2, 3.0)]
+
+
 # --- runs
 
 
@@ -174,6 +188,77 @@ def test_finished_runs_are_kept_and_a_failure_names_its_run(log, tmp_path):
         execute_all([replace(run, seed=2, settings={"hue": 1})], tmp_path, 1, lambda: None)
 
 
+def test_an_edited_agent_and_other_data_are_trained_anew(log, tmp_path, monkeypatch):
+    agent = "class A:\n    learns_from, grid = 'data', ({},)\n    def train(self, task): return Policy()\n"
+    policy = (
+        "class Policy:\n    features = ('top1',)\n    def exit_probability(self, x): return (x[:, 0] < LIMIT) * 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def play(limit: float, data: Path) -> dict:
+        (tmp_path / "edited.py").write_text(f"LIMIT = {limit}\n{policy}{agent}")
+        sys.modules.pop("edited", None)  # as in a new process
+        importlib.invalidate_caches()
+        offline_rl_runs.made_from.cache_clear()
+        offline_rl_runs.load.cache_clear()
+        return execute_all([Run("a", "edited:A", {}, str(data), "extended", 1, 10)], tmp_path, 1, lambda: None)[0]
+
+    data = Path(shutil.copy(log, tmp_path / "data.h5"))
+    first = play(0.25, data)
+    assert play(0.25, data) == first
+    assert play(0.125, data)["test"] != first["test"]
+    again = play(0.25, data)
+    shutil.copy(log_random(tmp_path, episodes=10), data)
+    other = play(0.25, data)
+    assert other["made_from"]["dataset"] != again["made_from"]["dataset"]
+    assert other["made_from"]["agent"] == again["made_from"]["agent"] == first["made_from"]["agent"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("grid = ()", "expected a dict of settings for each trial"),
+        ("grid = {'a': 1}", "expected a dict of settings for each trial"),
+        ("grid = ({'a': {1}},)", "JSON cannot hold"),
+        ("learns_from = 'osmosis'", "learns_from='osmosis'; expected one of data, trace, play"),
+    ],
+)
+def test_what_an_agent_says_of_itself_is_checked(tmp_path, monkeypatch, body, message):
+    text = f"class A:\n    learns_from, grid = 'data', ({{}},)\n    {body}\n    def train(self, task): ...\n"
+    (tmp_path / "newcomer.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "newcomer", raising=False)
+    with pytest.raises(LedeError, match=message):
+        find_agent("newcomer:A")
+    del sys.modules["newcomer"]
+
+
+def test_settings_may_be_of_any_kind(log, tmp_path, monkeypatch):
+    """And a run that fails says where: training that forgot its return, then one that raises."""
+    text = (
+        "class A:\n    learns_from = 'data'\n    grid = ({'kind': 'a'}, {'kind': 'b', 'sizes': [64, 64], 'x': None},)\n"
+        "    def __init__(self, **settings): self.settings = settings\n"
+        "    def train(self, task):\n        if self.settings['kind'] == 'b': raise RuntimeError('out of luck')\n"
+    )
+    (tmp_path / "kinds.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runs = [Run("a", "kinds:A", settings, str(log), "paper", 1, 10) for settings in find_agent("kinds:A").grid]
+    assert [run.folder(tmp_path).name for run in runs] == ["kinda-seed1", "kindb-sizes-64-64-xNone-seed1"]
+    with pytest.raises(LedeError, match="train gave None; expected a policy"):
+        execute_all(runs[:1], tmp_path, 1, lambda: None)
+    with pytest.raises(LedeError, match=r"out of luck; \S+error\.txt says where"):
+        execute_all(runs[1:], tmp_path, 1, lambda: None)
+    assert 'kinds.py", line 6' in (runs[1].folder(tmp_path) / "error.txt").read_text()
+    del sys.modules["kinds"]
+
+
+def test_the_lead_over_the_bar_is_paired_over_prompts():
+    bar = [{"prompts": [0.0, 50.0, 100.0]}]
+    runs = [{"prompts": [1.0, 51.0, 101.0]}, {"prompts": [3.0, 53.0, 103.0]}]
+    assert offline_rl.lead(runs, bar) == "+2.0 (+2.0 to +2.0)"  # on every prompt alike, however they differ
+    assert offline_rl.lead([{"prompts": [1.0]}], bar) == offline_rl.lead([{}], bar) == ""
+
+
 @pytest.fixture(scope="module")
 def board(log, tmp_path_factory):
     """A small leaderboard with a newcomer's agent: the one of agents/README.md, written as it is there."""
@@ -197,6 +282,9 @@ def test_a_newcomers_agent_gets_its_row(board):
     assert set(rows) == {"thresholds", "logistic regression", "my_module:MyAgent"}
     mine = rows["my_module:MyAgent"]
     assert mine["learns from"] == "data" and mine["low"] <= mine["IQM"] <= mine["high"] and mine["modelled speedup"] > 1
+    ahead, low, high = map(float, re.findall(r"[+-][\d.]+", mine["over thresholds"]))
+    assert low < ahead < high and rows["thresholds"]["over thresholds"] == ""
+    assert ahead == pytest.approx(mine["IQM"] - rows["thresholds"]["IQM"], abs=0.06)  # two runs: their mean
     assert {path.name for path in board.out.iterdir()} == {
         "leaderboard.csv", "leaderboard.md", "leaderboard.json", "leaderboard.png", "runs.csv",
     }  # fmt: skip
@@ -214,6 +302,22 @@ def test_the_check_passes_on_what_was_committed_and_fails_on_anything_else(board
     (board.out / "runs.csv").write_text(text.replace(score, str(float(score) + 1.0)))
     with pytest.raises(LedeError, match="outside the committed interval"):
         offline_rl.main(replace(board, check=True))
+
+
+def test_the_papers_agent_is_timed_even_where_it_is_not_among_the_fastest(tmp_path):
+    speedups = {"fast": (2.0, 2.1, 2.9), "middling": (1.9, 1.9, 1.9), offline_rl_speed.PAPERS: (1.1, 1.0, 1.2)}
+    runs = [
+        {"modelled_speedup": speedup, **asdict(Run(agent, "m:A", {}, "d", "paper", seed, 1)), "settings": "{}"}
+        for agent, own in speedups.items()
+        for seed, speedup in enumerate(own)
+    ]
+    offline_rl.write_csv(tmp_path / "runs.csv", runs)
+    for run in runs:
+        (Run.of_row({**run, "settings": "{}"}).folder(tmp_path) / "policy").mkdir(parents=True)
+    chosen = offline_rl_speed.fastest(offline_rl_speed.Args(results=tmp_path, runs=tmp_path, best=1))
+    assert {name: speedup for name, (speedup, _) in chosen.items()} == {
+        "fast, paper": 2.1, f"{offline_rl_speed.PAPERS}, paper": 1.1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [{"seeds": 0}, {"agents": ("nobody",)}])
