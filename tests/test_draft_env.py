@@ -159,7 +159,7 @@ class Fixed:
 # --- the decoder
 
 
-@pytest.mark.parametrize(("temperature", "episodes"), [(0.0, 24), (0.8, 48)])
+@pytest.mark.parametrize(("temperature", "episodes"), [(0.0, 24), (0.8, 96)])
 def test_the_decoder_plays_the_same_episode(small, temperature, episodes):
     """Every observation, every count, every cost, of live episodes with ends of all kinds."""
     env = make(**small.kwargs(temperature=temperature))
