@@ -47,7 +47,7 @@ class Args:
     """Train on traces; the policy of the iteration that is fastest on their validation prompts is kept."""
 
     traces: tuple[str, ...] = ("tiny-greedy-v0", "tiny-t0.6-v0")  # names or files; all count alike
-    cost_model: str = "tiny-cpu"  # what time costs
+    cost_model: str = "tiny-at-7b-h200"  # what time costs; what it favours does as well by the costs of `tiny-cpu`
     features: tuple[str, ...] = (  # what the policy observes
         "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature", "drawn", "peril",
     )  # fmt: skip

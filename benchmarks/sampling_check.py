@@ -216,7 +216,7 @@ def deeper_by_own_coin(sampling: Sampling) -> Iterator[Strategy]:
 
     def leave(signals, draws):
         draws.next()  # its token's
-        low = draws.next() < 0.5
+        low = draws.next() < 0.35
         draws.count -= 2
         return low
 

@@ -40,7 +40,7 @@ def play(trace_file, temperature, choose):
     env = SpeculativeDraftEnv(
         model="tiny", backend="trace", trace=str(trace_file), task="parse", split="train", candidate_layers=LAYERS,
         temperature=temperature, max_new_tokens=TOKENS, features=DRAFT_FEATURES, reward="throughput", rho=1.5,
-        cost_model="tiny-cpu",
+        cost_model=Args().cost_model,
     )  # fmt: skip
     tokens = cost = 0.0
     for name in env.unwrapped.prompt_ids:
