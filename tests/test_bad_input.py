@@ -438,7 +438,7 @@ def test_policies_made_for_something_else(tiny):
     cases = [
         (untrained_policy(tiny, model_fingerprint="0123", model_name="other"), ("'other'", "0123", tiny.fingerprint)),
         (untrained_policy(tiny, candidate_layers=(4, 17)), ("exit layer 17 is out of range", "1..15")),
-        (untrained_policy(tiny, features=("confidence", *"abcdefghijkl")), ("'a'", "missing", "train")),
+        (untrained_policy(tiny, features=("confidence", *"abcdefghijklm")), ("'a'", "missing", "train")),
         (StaticPolicy(5, 16), ("exits at layer 5", candidates, "choose")),
         (ThresholdPolicy({12: 0.9}, 16), ("no threshold for layers", "only for [12]", "every candidate layer")),
     ]
