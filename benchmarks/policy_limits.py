@@ -3,9 +3,10 @@
     best static setting | policies | trees with full information, on the same and on all features | the clairvoyant
 
 All are exact, by the trace (lede_env/oracles.py). The static setting is the one that turns out best on these very
-prompts, so that nobody could have chosen better. By the CPU's costs, and by those of a 7B model on a GPU, whose twin
-plays the same trace with the layers renamed: another price of a head, a verification and a decision, the same text.
-A decision is whatever the cost model says it is; `decisions free` is the same play without that charge.
+prompts, so that nobody could have chosen better for all tasks alike; beside it stands the one that the paper's tables
+compare with, chosen on the validation prompts, task by task. By the CPU's costs, and by those of a 7B model on a GPU,
+whose twin plays the same trace with the layers renamed: another price of a head, a verification and a decision, the
+same text. A decision is whatever the cost model says it is; `decisions free` is the same play without that charge.
 
     python -m benchmarks.policy_limits
 """
@@ -13,6 +14,7 @@ A decision is whatever the cost model says it is; `decisions free` is the same p
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ from benchmarks.harness import RESULTS, machine, print_table, ratio_interval, wr
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model
+from lede_env.envs.draft_mdp import DraftMDP
 from lede_env.evaluation import best_static, static_result
 from lede_env.oracles import DraftTable, Totals, tabulate
 from lede_env.policies import ExitPolicy, TrainedPolicy, load_policy
 from lede_env.registration import pinned
+from lede_env.tasks import TASKS
 
+TUNED = "static tuned by task"  # on the validation prompts
 ENV_IDS = ("LEDE-Tiny-Draft-v0", "LEDE-Llama2-7B-Twin-Draft-v0")
 
 
@@ -66,8 +71,8 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
     table = tabulate(env)
     assert isinstance(table, DraftTable)
     cost_model = pinned(env_id).cost_model
-    setting, static = fixed(table, load_cost_model(cost_model))
-    played = {setting: static}
+    setting, static = best_fixed(table, load_cost_model(cost_model))
+    played = {setting: static, TUNED: tuned(env_id, env.prompt_ids, args.split, settings)}
     learned: dict[str, ExitPolicy] = {name: policy.relabelled(table.mdp.n_layers) for name, policy in policies.items()}
     if args.reference:
         for name, policy in policies.items():
@@ -76,21 +81,47 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
     played |= {name: table.play(table.decisions(policy)) for name, policy in learned.items()}
     played["clairvoyant"] = best = table.fastest()
     about = {"environment": env_id, "costs": cost_model, "T": temperature}
-    rows = [row_of(name, totals, static, best, table.mdp.decision_cost) for name, totals in played.items()]
+    rows = [row_of(name, totals, played[TUNED], static, best, table.mdp) for name, totals in played.items()]
     return [{**about, **row} for row in rows]
 
 
-def fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
+def best_fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
     """The static setting that is fastest on these prompts, and its totals."""
+    best, _ = best_static(acceptance(table), costs)
+    e, d = best.exit_layer, best.speculation
+    return f"static e={e} d={d}, best of these prompts", fixed(table, e, d, costs)
+
+
+def tuned(env_id: str, prompt_ids: Sequence[str], split: str, settings: dict[str, Any]) -> Totals:
+    """Of every prompt with the static setting that is fastest on its task's validation prompts."""
+    costs = load_cost_model(pinned(env_id).cost_model)
+    by_prompt: dict[str, list[np.ndarray]] = {}
+    for task in TASKS:
+        parts: list[Any] = [
+            gym.make(env_id, split=part, task=task, **settings).unwrapped for part in ("validation", split)
+        ]
+        validation, played = map(tabulate, parts)
+        assert isinstance(validation, DraftTable) and isinstance(played, DraftTable)
+        best, _ = best_static(acceptance(validation), costs)
+        totals = fixed(played, best.exit_layer, best.speculation, costs)
+        names = list(totals)
+        by_prompt |= dict(zip(parts[1].prompt_ids, np.stack(list(totals.values()), axis=-1), strict=True))
+    return dict(zip(names, np.stack([by_prompt[prompt] for prompt in prompt_ids], axis=-1), strict=True))
+
+
+def acceptance(table: DraftTable) -> dict[int, list[np.ndarray]]:
+    """By candidate layer, which drafts of each text are accepted."""
     texts = table.texts
     right = table.backend.trace.accepted[texts.rows]  # (X, T, C)
-    accepted = {
+    return {
         layer: [own[there, column] for own, there in zip(right, texts.there, strict=True)]
         for column, layer in enumerate(table.mdp.candidate_layers)
     }
-    best, _ = best_static(accepted, costs)
-    e, d = best.exit_layer, best.speculation
-    each = [static_result([text], e, d, costs) for text in accepted[e]]
+
+
+def fixed(table: DraftTable, e: int, d: int, costs: CostModel) -> Totals:
+    """The totals of a static setting."""
+    each = [static_result([text], e, d, costs) for text in acceptance(table)[e]]
     sums = {
         "emitted": [result.tokens for result in each],
         "cost": [result.cost for result in each],
@@ -100,23 +131,24 @@ def fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
         "exit_layers": [e * result.drafted for result in each],
         "decisions": [0 for _ in each],
     }
-    totals = {name: texts.per_prompt(np.array(values, np.float64)) for name, values in sums.items()}
-    return f"static e={e} d={d}, best of these prompts", totals
+    return {name: table.texts.per_prompt(np.array(values, np.float64)) for name, values in sums.items()}
 
 
-def row_of(name: str, totals: Totals, static: Totals, best: Totals, decision_cost: float) -> dict[str, Any]:
-    """One policy's figures; the interval is a paired bootstrap over prompts."""
+def row_of(name: str, totals: Totals, tuned: Totals, static: Totals, best: Totals, mdp: DraftMDP) -> dict[str, Any]:
+    """One policy's figures; intervals are paired bootstraps over prompts."""
     sums = {key: float(values.sum()) for key, values in totals.items()}
     low, high = (float(t["emitted"].sum() / t["cost"].sum()) for t in (static, best))
     speedup = sums["emitted"] / sums["cost"]
-    over, least, most = ratio_interval(*(np.stack([t["cost"], t["emitted"]], axis=-1) for t in (static, totals)))
+    ratios = {}
+    for baseline, played in (("static", static), (TUNED, tuned)):
+        over, least, most = ratio_interval(*(np.stack([t["cost"], t["emitted"]], -1) for t in (played, totals)))
+        ratios |= {f"over {baseline}": over, f"over {baseline}, 95 %": f"{least:.3f} to {most:.3f}"}
     return {
         "policy": name,
         "modelled speedup": speedup,
-        "over static": over,
-        "over static, 95 %": f"{least:.3f} to {most:.3f}",
+        **ratios,
         "of the distance to the clairvoyant, %": 100.0 * (speedup - low) / (high - low),
-        "decisions free": sums["emitted"] / (sums["cost"] - sums["decisions"] * decision_cost),
+        "decisions free": sums["emitted"] / (sums["cost"] - sums["decisions"] * mdp.decision_cost),
         "decisions a round": sums["decisions"] / sums["rounds"],
         "E": sums["exit_layers"] / sums["drafted"],
         "d": sums["drafted"] / sums["rounds"],
