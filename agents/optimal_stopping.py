@@ -63,6 +63,8 @@ class Args:
         for name, least in (("iterations", 1), ("leaves", 2), ("leaf_rows", 1)):
             if getattr(self, name) < least:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least {least}")
+        if not 0.0 <= self.off_path <= 1.0:
+            raise LedeError(f"off_path={self.off_path}; expected a weight in [0, 1]")
 
 
 class States:

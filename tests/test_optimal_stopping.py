@@ -14,6 +14,7 @@ from agents.task import Board
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.envs.draft_env import SpeculativeDraftEnv
+from lede_env.errors import LedeError
 from lede_env.models.loading import load_model
 from lede_env.policies import MLPPolicy, StaticRounds
 from lede_env.policies.tree import LEAF
@@ -129,3 +130,9 @@ def test_a_run_leaves_history_curves_and_the_policy(traces, tmp_path):
     events = event_file.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(Board.CURVES)
+
+
+@pytest.mark.parametrize(("name", "value"), [("off_path", -1.0), ("off_path", 1.5), ("iterations", 0), ("leaves", 1)])
+def test_arguments_out_of_range(name, value):
+    with pytest.raises(LedeError, match=f"{name}={value}; expected"):
+        Args(**{name: value})
