@@ -87,9 +87,10 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
 
 def best_fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
     """The static setting that is fastest on these prompts, and its totals."""
-    best, _ = best_static(acceptance(table), costs)
+    accepted = acceptance(table)
+    best, _ = best_static(accepted, costs)
     e, d = best.exit_layer, best.speculation
-    return f"static e={e} d={d}, best of these prompts", fixed(table, e, d, costs)
+    return f"static e={e} d={d}, best of these prompts", fixed(table, accepted[e], e, d, costs)
 
 
 def tuned(env_id: str, prompt_ids: Sequence[str], split: str, settings: dict[str, Any]) -> Totals:
@@ -103,7 +104,8 @@ def tuned(env_id: str, prompt_ids: Sequence[str], split: str, settings: dict[str
         validation, played = map(tabulate, parts)
         assert isinstance(validation, DraftTable) and isinstance(played, DraftTable)
         best, _ = best_static(acceptance(validation), costs)
-        totals = fixed(played, best.exit_layer, best.speculation, costs)
+        e, d = best.exit_layer, best.speculation
+        totals = fixed(played, acceptance(played)[e], e, d, costs)
         names = list(totals)
         by_prompt |= dict(zip(parts[1].prompt_ids, np.stack(list(totals.values()), axis=-1), strict=True))
     return dict(zip(names, np.stack([by_prompt[prompt] for prompt in prompt_ids], axis=-1), strict=True))
@@ -119,9 +121,9 @@ def acceptance(table: DraftTable) -> dict[int, list[np.ndarray]]:
     }
 
 
-def fixed(table: DraftTable, e: int, d: int, costs: CostModel) -> Totals:
-    """The totals of a static setting."""
-    each = [static_result([text], e, d, costs) for text in acceptance(table)[e]]
+def fixed(table: DraftTable, accepted: list[np.ndarray], e: int, d: int, costs: CostModel) -> Totals:
+    """The totals of a static setting, from what its layer gets right of each text."""
+    each = [static_result([text], e, d, costs) for text in accepted]
     sums = {
         "emitted": [result.tokens for result in each],
         "cost": [result.cost for result in each],

@@ -77,7 +77,8 @@ def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperatu
     q, where = Sampling(temperature).probabilities(logits), logits.cuda()
     total = q.double().cumsum(-1) / q.double().sum(-1, keepdim=True)
     out, tokens = torch.zeros(SIZE, device="cuda"), torch.zeros(slots + 1, dtype=torch.long, device="cuda")
-    uniforms = [0.0, 1.0 - 2.0**-53, *(own.next() for own in [Draws(vocab)] * 200)]
+    draws = Draws(vocab)
+    uniforms = [0.0, 1.0 - 2.0**-53, *(draws.next() for _ in range(200))]
     for slot in range(slots):
         state = torch.tensor([0, slot, -1, -1, 0], device="cuda")
         for u, expected in zip(uniforms, draw_rows(q[[slot]].expand(len(uniforms), -1), uniforms), strict=True):

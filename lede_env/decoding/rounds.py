@@ -16,7 +16,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, no_lap
+from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, draft_peril, no_lap
 
 
 @dataclass
@@ -148,8 +148,9 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         row.round.limited = row.limit < row.control.cap
         return False
     if row.doubts:
-        row.doubt += signals.own_doubt
-        row.peril = max(row.peril, signals.own_peril)
+        doubt = signals.own_doubt
+        row.doubt += doubt
+        row.peril = max(row.peril, draft_peril(doubt, signals.coin))
     return row.control.keep_drafting(signals, row.round)
 
 
