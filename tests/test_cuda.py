@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import lede_env
-from lede_env.engine.acceptance import Draws, Sampling, draw_rows
+from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_match
+from lede_env.engine.session import Session
 from lede_env.tasks import load_prompts
 from tests.small_models import ARCHITECTURES, save_random_model
 from tests.test_losslessness import ON_EMBEDDED
@@ -89,6 +92,54 @@ def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperatu
             assert token == expected or abs(float(total[slot, min(token, expected)]) - u) < 1e-5
         read(where, out, tokens, state, torch.zeros(1, dtype=torch.float64, device="cuda"), 0.0)
         assert int(tokens[slot + 1]) == int(logits[slot].argmax()) == out[TOKEN]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_in_one_piece_leaves_the_keys_and_values_of_the_eager_engine(tmp_path, architecture):
+    sizes = dict(hidden_size=64, head_dim=16) if architecture != "qwen2" else dict(hidden_size=64)
+    save_random_model(tmp_path, architecture, max_position_embeddings=1024, **sizes)
+    lm = lede_env.load_model(tmp_path, device="cuda", dtype="float32")
+    ids = [(7 * place) % 40 + 1 for place in range(1000)]
+    with torch.inference_mode(), lm.session(1, 1000) as session:
+        for count in (1, 31, 130, 512, 513, 1000):
+            found = []
+            for prefill in (session.prefill, partial(Session.prefill, session)):
+                prefill(0, ids[:count])
+                found.append([t[:, :, :count].clone() for t in (*session.cache.keys, *session.cache.values)])
+            assert session.lengths == [count]
+            apart = [float((ours - its).norm() / its.norm()) for ours, its in zip(*found, strict=True)]
+            assert max(apart) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("vocab", [97, 8192, 32016])
+def test_the_verdict_is_the_one_of_the_eager_engine(vocab, temperature):
+    from lede_env.engine.cuda.verdict import Verdict
+
+    rows, draws = 13, Draws(vocab)
+    generator, judge = torch.Generator().manual_seed(vocab), Verdict(rows, vocab, torch.device("cuda"))
+    sampling, apart = Sampling(temperature), 0
+    for trial in range(60):
+        logits = torch.randn(rows, vocab, generator=generator).mul(3)
+        drafts = logits + torch.randn(rows, vocab, generator=generator).mul(trial % 3)  # at 0 the residual is empty
+        made = trial % rows
+        coins, after = [draws.next() for _ in range(made)], draws.next()
+        if sampling.greedy:
+            tokens = drafts[:made].argmax(-1).tolist()
+            expected = greedy_match(tokens, logits[: made + 1].argmax(-1).tolist())
+        else:
+            p, q = sampling.probabilities(logits[: made + 1]), sampling.probabilities(drafts[:made])
+            tokens = draw_rows(q, [draws.next() for _ in range(made)]) if made else []
+            expected = speculative_match(tokens, p, list(q), coins, after)
+        state = torch.tensor([0, 0, -1, -1, made], device="cuda")
+        slots = torch.tensor([0, *tokens, *[5] * (rows - made)], device="cuda")
+        uniforms = torch.tensor([*coins, after, *[0.5] * (rows - made)], dtype=torch.float64, device="cuda")
+        verdict = torch.zeros(2 + rows, dtype=torch.float64, device="cuda")
+        judge(logits.cuda(), drafts.cuda(), slots, uniforms, verdict, state, temperature, True)
+        apart += (int(verdict[0]), int(verdict[1])) != expected or int(slots[0]) != int(verdict[1])
+        doubts = logits.double().logsumexp(-1) - logits.double().amax(-1)
+        torch.testing.assert_close(verdict[2:].cpu(), doubts, atol=1e-5, rtol=1e-5)
+    assert apart <= 1  # rounding may part a coin, or a number near the border of two tokens
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

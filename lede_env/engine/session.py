@@ -74,10 +74,7 @@ class Session:
 
         Returns the (taps, n, H) states of the last n <= TAPPED_PROMPT positions leaving each tapped layer.
         """
-        self.lengths[row] = 0
-        self.depth[row].clear()
-        if len(ids) > self.capacity:
-            raise LedeError(f"{len(ids)} prompt tokens do not fit the session's {self.capacity} positions")
+        self._forget(row, len(ids))
         seen = self.hidden.new_zeros(len(self.tapped), 0, self.hidden.shape[-1])
         for begin in range(0, len(ids), 512):
             part = ids[begin : begin + 512]
@@ -86,6 +83,13 @@ class Session:
             seen = torch.cat([seen, self._run_all(x, span)], dim=1)[:, -TAPPED_PROMPT:]
         self.lengths[row] = len(ids)
         return seen
+
+    def _forget(self, row: int, length: int) -> None:
+        """Make way for a prompt of that length."""
+        self.lengths[row] = 0
+        self.depth[row].clear()
+        if length > self.capacity:
+            raise LedeError(f"{length} prompt tokens do not fit the session's {self.capacity} positions")
 
     def _run_all(self, x: Tensor, span: Span) -> Tensor:
         """Run (1, Q, H) states through every layer; returns the (taps, Q, H) states leaving the tapped ones."""

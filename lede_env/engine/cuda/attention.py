@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # cached positions at a time
-PROGRAMS = 528  # four a multiprocessor of an H100 or H200: what the splits aim at
-ONE_ROW_PROGRAMS = 256  # as much for one row: fewer parts to join
+PROGRAMS = 256  # of one new row, at most: about two a multiprocessor of an H100 or H200
+SPLITS = 8  # of the positions, for several new rows: joining the parts of more takes longer than they save
 
 
 @triton.jit
@@ -115,8 +115,8 @@ def _attention_kernel(
     ROWS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr,
     BR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One KV head, one split of the positions: the last one has the new positions and stores their keys and values, the
-    others share the cached ones. The last to finish joins the parts."""
+    """One KV head, one split of the positions: as many as there are blocks share the cached ones, the next has the new
+    positions and stores their keys and values, the rest have nothing to do. The last to finish joins the parts."""
     head, split = tl.program_id(0), tl.program_id(1)
     start = tl.load(state_ptr) + tl.load(state_ptr + 1)  # position of the first new row
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM  # of a row of qkv
@@ -125,7 +125,10 @@ def _attention_kernel(
     r, d = tl.arange(0, BR), tl.arange(0, DIM)
     query, valid = r // GROUP, r < ROWS * GROUP
     heads = head * GROUP + r % GROUP  # query heads of this KV head
-    span = tl.cdiv(tl.cdiv(start, BT), SPLITS - 1) * BT
+    span = tl.maximum(tl.cdiv(tl.cdiv(start, BT), SPLITS - 1), 1) * BT
+    used = tl.cdiv(start, span) + 1
+    if split >= used:
+        return
     begin = split * span
     end = tl.minimum(begin + span, start)
     q = _turned(qkv_ptr, query * width + heads * DIM, valid, rope_ptr, start + query, d, DIM)
@@ -139,7 +142,7 @@ def _attention_kernel(
         k = tl.load(keys_ptr + place, mask=(t < end)[:, None], other=0.0)  # (BT, DIM)
         v = tl.load(values_ptr + place, mask=(t < end)[:, None], other=0.0)
         best, total, acc = _absorb(q, k, v, (t < end)[None, :], scale, best, total, acc)
-    if split == SPLITS - 1:
+    if split == used - 1:
         j = tl.arange(0, BJ)
         new = j < ROWS
         at = j * width + (HEADS + head) * DIM
@@ -156,30 +159,24 @@ def _attention_kernel(
     tl.store(stats, best)
     tl.store(stats + BR, total)
     tl.debug_barrier()  # all of this program's stores come before its arrival
-    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
+    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == used - 1:
         every = tl.arange(0, SPLITS)
+        took_part = every < used
         theirs = stats_ptr + (head * SPLITS + every) * 2 * BR
-        if ROWS * GROUP <= 16:  # row by row, the loads of all in flight together
-            for row in tl.static_range(ROWS * GROUP):
-                tops = tl.load(theirs + row, cache_modifier=".cg")  # (SPLITS,)
-                sums = tl.load(theirs + BR + row, cache_modifier=".cg")
-                its = part_ptr + ((head * SPLITS + every) * BR + row)[:, None] * DIM + d[None, :]
-                weight = tl.exp(tops - tl.max(tops, axis=0))
-                joined = tl.sum(tl.load(its, cache_modifier=".cg") * weight[:, None], axis=0)  # (DIM,)
-                goal_row = out_ptr + (row // GROUP) * (HEADS * DIM) + (head * GROUP + row % GROUP) * DIM + d
-                tl.store(goal_row, (joined / tl.sum(sums * weight, axis=0)).to(out_ptr.dtype.element_ty))
-        else:  # split by split
-            bests = tl.load(theirs[:, None] + r[None, :], cache_modifier=".cg")  # (SPLITS, BR)
-            weights = tl.exp(bests - tl.max(bests, axis=0)[None, :])
-            total_sum = tl.sum(tl.load(theirs[:, None] + BR + r[None, :], cache_modifier=".cg") * weights, axis=0)
-            merged = tl.zeros((BR, DIM), tl.float32)
-            for other in tl.static_range(SPLITS):
-                its = part_ptr + ((head * SPLITS + other) * BR + r)[:, None] * DIM + d[None, :]
-                share = tl.sum(tl.where((every == other)[:, None], weights, 0.0), axis=0)  # (BR,)
-                merged += tl.load(its, mask=valid[:, None], other=0.0, cache_modifier=".cg") * share[:, None]
-            result = out_ptr + query[:, None] * (HEADS * DIM) + heads[:, None] * DIM + d[None, :]
-            merged = merged / total_sum[:, None]
-            tl.store(result, merged.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+        there = took_part[:, None] & valid[None, :]
+        bests = tl.load(theirs[:, None] + r[None, :], mask=there, other=-1e30, cache_modifier=".cg")  # (SPLITS, BR)
+        weights = tl.exp(bests - tl.max(bests, axis=0)[None, :])
+        sums = tl.load(theirs[:, None] + BR + r[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        total_sum = tl.sum(sums * weights, axis=0)
+        merged = tl.zeros((BR, DIM), tl.float32)
+        for other in tl.static_range(SPLITS):
+            its = part_ptr + ((head * SPLITS + other) * BR + r)[:, None] * DIM + d[None, :]
+            portion = tl.sum(tl.where((every == other)[:, None], weights, 0.0), axis=0)  # (BR,)
+            known = valid[:, None] & (other < used)
+            merged += tl.load(its, mask=known, other=0.0, cache_modifier=".cg") * portion[:, None]
+        result = out_ptr + query[:, None] * (HEADS * DIM) + heads[:, None] * DIM + d[None, :]
+        merged = merged / total_sum[:, None]
+        tl.store(result, merged.to(out_ptr.dtype.element_ty), mask=valid[:, None])
         tl.store(arrived_ptr + head, 0)
 
 
@@ -190,15 +187,23 @@ class Attention:
         self.rows, self.heads, self.kv_heads, self.dim = rows, heads, kv_heads, dim
         self.group = heads // kv_heads
         self.block = max(16, triton.next_power_of_2(rows * self.group))  # query rows of a KV head
-        most = 32 if self.block <= 32 else 8  # joining parts of many rows takes long
-        share = ONE_ROW_PROGRAMS // heads if rows == 1 else PROGRAMS // kv_heads
-        self.splits = min(most, max(2, 1 << share.bit_length() - 1))
+        self.warps = 4 if self.block <= 32 else 8
+        one = min(32, max(2, 1 << (PROGRAMS // heads).bit_length() - 1))
+        self.splits = one if rows == 1 else SPLITS
         shape = (heads, self.splits, 1) if rows == 1 else (kv_heads, self.splits, self.block)
         self.part = torch.empty(*shape, dim, device=device)
         self.stats = torch.empty(*shape, 2, device=device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
-    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, rope: Tensor, out: Tensor, state: Tensor) -> None:
+    def __call__(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rope: Tensor,
+        out: Tensor,
+        state: Tensor,
+    ) -> None:
         """Store the new keys and values, attend, and write (rows, heads D) to `out`.
 
         Args:
@@ -219,5 +224,5 @@ class Attention:
             *tensors, self.dim**-0.5, keys.shape[2],
             ROWS=self.rows, HEADS=self.heads, KV_HEADS=self.kv_heads, DIM=self.dim, GROUP=self.group,
             BR=self.block, BJ=max(16, triton.next_power_of_2(self.rows)), BT=BLOCK, SPLITS=self.splits,
-            num_warps=4 if self.block <= 32 else 8, num_stages=2,
+            num_warps=self.warps, num_stages=2,
         )  # fmt: skip

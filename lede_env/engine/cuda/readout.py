@@ -37,11 +37,8 @@ def _largest(x, index, values_ptr, places_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _drawn(logits_ptr, masses, top, inverse, uniform, V, BLOCKS, BP: tl.constexpr, BLOCK: tl.constexpr):
-    """The first token at which the running sum of exp((l - top) / T) exceeds `uniform` times the whole.
-
-    `masses`, (BP,), are the sums of the blocks; `inverse` is 1 / T.
-    """
+def block_of(masses, uniform, BLOCKS, BP: tl.constexpr):
+    """The block that `uniform` times the whole falls into, of the sums (BP,) of blocks; the sum before it; the goal."""
     p = tl.arange(0, BP)
     reached = tl.cumsum(masses, axis=0)
     goal = uniform * tl.max(reached, axis=0)
@@ -49,10 +46,12 @@ def _drawn(logits_ptr, masses, top, inverse, uniform, V, BLOCKS, BP: tl.constexp
     # rounding let none of it pass the goal, the last of it will do.
     block = tl.min(tl.where((masses > 0) & (reached > goal), p, BLOCKS), axis=0)
     block = tl.minimum(block, tl.max(tl.where(masses > 0, p, 0), axis=0))
-    before = tl.max(tl.where(p < block, reached, 0.0), axis=0)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
-    weight = tl.exp((x - top) * inverse)
+    return block, tl.max(tl.where(p < block, reached, 0.0), axis=0), goal
+
+
+@triton.jit
+def token_of(weight, index, before, goal, V):
+    """The first token of a block at which the running sum of weights, from `before` on, exceeds the goal."""
     within = before + tl.cumsum(weight.to(tl.float64), axis=0)
     token = tl.min(tl.where((weight > 0) & (within > goal), index, V), axis=0)
     return tl.minimum(token, tl.max(tl.where(weight > 0, index, 0), axis=0))
@@ -113,7 +112,10 @@ def _join_kernel(
     tl.store(out_ptr + 2 * COUNT + 2, tl.load(logits_ptr + tl.maximum(guess, 0)))
     if SAMPLED:
         masses = tl.load(masses_ptr + p, mask=p < BLOCKS, other=0.0) * tl.exp(shift * inverse).to(tl.float64)
-        token = _drawn(logits_ptr, masses, top, inverse, tl.load(uniform_ptr), V, BLOCKS, BP, BLOCK)
+        block, before, goal = block_of(masses, tl.load(uniform_ptr), BLOCKS, BP)
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
+        token = token_of(tl.exp((x - top) * inverse), index, before, goal, V)
     if DRAW:
         tl.store(out_ptr + 2 * COUNT + 3, token.to(tl.float32))
         tl.store(out_ptr + 2 * COUNT + 4, tl.load(logits_ptr + token))

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from lede_env.engine.acceptance import Sampling, residual
+from lede_env.engine.cuda import prefill
 from lede_env.engine.cuda.attention import Attention
 from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.mailbox import Mailbox
 from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
-from lede_env.engine.cuda.verdict import GreedyVerdict
+from lede_env.engine.cuda.verdict import Verdict
 from lede_env.engine.session import Session
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ class GraphSession(Session):
         self._inner = torch.zeros(width, g.mlp, dtype=lm.dtype, device=device)
         self._gained = {n: Gained.empty(n, g.hidden, lm.dtype, device) for n in (1, width)}
         self._attend = {n: Attention(n, g.heads, g.kv_heads, g.head_dim, device) for n in (1, width)}
-        self._read, self._match = ReadOut(g.vocab, device), GreedyVerdict(width, g.vocab, device)
+        self._read, self._judge = ReadOut(g.vocab, device), Verdict(width, g.vocab, device)
         self._draft_logits = torch.zeros(width, g.vocab, device=device)  # row i is what draft i was drawn from
         self._logits = torch.zeros(width, g.vocab, device=device)  # of the last verification
         self._tokens = torch.zeros(width + 1, dtype=torch.long, device=device)  # of the open slots
+        self._prompt = torch.zeros(prefill.CAPTURED, dtype=torch.long, device=device)  # what a graph prefills
         self._rope = torch.view_as_real(lm.rope)
         self._offsets = torch.arange(width, device=device)
         self._mail = Mailbox(INTS, width + 1, device)
@@ -89,6 +91,22 @@ class GraphSession(Session):
         self._mail.rewind()
         self.lm.idle.insert(0, self)
         del self.lm.idle[IDLE:]
+
+    def prefill(self, row: int, ids: list[int]) -> Tensor:
+        """As in `Session`; without taps, and but for very long prompts, in one piece."""
+        count = len(ids)
+        if self.tapped or not 0 < count <= prefill.LONGEST:
+            return super().prefill(row, ids)
+        self._forget(row, count)
+        if count <= prefill.CAPTURED:
+            size = min(prefill.padded(count), self.capacity)
+            prompt = self._prompt[:size]
+            prompt[:count] = torch.tensor(ids)
+            self._replay(("prefill", size), lambda: prefill.run(self.lm, self.cache, prompt), slot=0)
+        else:
+            prefill.run(self.lm, self.cache, torch.tensor(ids, device=self.lm.device))
+        self.lengths[row] = count
+        return self.hidden.new_zeros(0, 0, self.hidden.shape[-1])
 
     # What the decoder asks for, in this order: `open`, then `extend`, `read` and `drawn` for each draft, `verify`.
 
@@ -220,15 +238,16 @@ class GraphSession(Session):
     def _verify(self, rows: int, sampling: Sampling, doubts: bool) -> None:
         """As `greedy_match` and `speculative_match` settle a round, without asking the host."""
         self._head(self._logits, rows)
-        logits = self._logits[:rows]
-        if sampling.greedy:
-            self._match(logits, self._tokens, self._verdict, self._state)
-        else:
+        logits, drafts, state = self._logits[:rows], self._draft_logits, self._state
+        if sampling.filters:
             accepted, following = self._speculate(logits, sampling)
             self._tokens[:1] = following  # the next round's pending token
             self._verdict[:1], self._verdict[1:2] = accepted, following
-        if doubts:
-            self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
+            if doubts:
+                self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
+        else:
+            its = (self._tokens, self._uniforms, self._verdict, state, sampling.temperature, doubts)
+            self._judge(logits, drafts, *its)
         self._mail.answer(self._verdict, self._verdicts)
 
     def _speculate(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor | int, Tensor]:
