@@ -150,7 +150,7 @@ class Player:
         self.outs = dict(sorted({**self.outs, prompt[0]: out}.items()))  # a warm-up takes them out of order
         return out.token_ids, out.counts
 
-    def play(self, prompt: tuple[int, list[int]], profile: bool = False) -> Generation:
+    def play(self, prompt: tuple[int, list[int]], profile: bool = False, **options: Any) -> Generation:
         index, ids = prompt
         return generate(
             self.lm,
@@ -159,7 +159,7 @@ class Player:
             seed=derive_seed(self.seed, index),
             carry_over=self.outs.get(index - 1),
             profile=profile,
-            **self.options,
+            **{**self.options, **options},
         )
 
     def cost(self, index: int, costs: CostModel) -> float:
@@ -198,6 +198,9 @@ def time_methods(
         for method in methods.values():
             for prompt in warm_up:
                 method(prompt)
+            if synchronise and isinstance(method, Player):
+                for prompt in prompts:  # a graph of each length
+                    method.play(prompt, max_new_tokens=1)
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):
                 order = list(methods)

@@ -22,6 +22,7 @@ from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.mailbox import Mailbox
 from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
 from lede_env.engine.cuda.verdict import Verdict
+from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.session import Session
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ IDLE = 3  # sessions of a model kept for later
 def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> GraphSession:
     """An idle session with that much room, or a new one, for which those of the kind that are too small make way.
 
-    It returns when its `with` block ends.
+    Plain steps run one row whatever the width, so what never drafts shares the session of what does. A session returns
+    when its `with` block ends.
     """
+    width = DRAFT_CAP + 1 if width == 1 else width
     kind = (width, tuple(taps))
     fitting = next((s for s in lm.idle if s.capacity >= capacity and (s.width, s.taps) == kind), None)
     if fitting is not None:
@@ -86,12 +89,14 @@ class GraphSession(Session):
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
 
+    @torch.inference_mode()  # as everything that writes into its tensors
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         self._mail.rewind()
         self.lm.idle.insert(0, self)
         del self.lm.idle[IDLE:]
 
+    @torch.inference_mode()
     def prefill(self, row: int, ids: list[int]) -> Tensor:
         """As in `Session`; without taps, and but for very long prompts, in one piece."""
         count = len(ids)
