@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lede_env
+from lede_env.decoding.strategies import Control, Strategy
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_match
 from lede_env.engine.session import Session
 from lede_env.tasks import load_prompts
@@ -111,6 +112,43 @@ def test_a_prompt_in_one_piece_leaves_the_keys_and_values_of_the_eager_engine(tm
             assert max(apart) < 1e-5
 
 
+class Swaying(Control):
+    """Opens rounds at layers 3, 2, 1, 2, 3, ...: what was launched ahead of a verdict is too deep or too shallow."""
+
+    rounds = 0
+
+    def path(self, round_):
+        return ((3, 2, 1, 2)[self.rounds % 4],)
+
+    def keep_drafting(self, signals, round_):
+        return len(round_.drafts) < 3
+
+    def learn(self, round_):
+        self.rounds += 1
+
+
+class Sways(Strategy):
+    name = "sways"
+
+    def start(self, lm, seed):
+        return Swaying()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rounds_that_open_otherwise_than_was_guessed(monkeypatch, temperature):
+    lm = lede_env.load_model("tiny", device="cuda", dtype="float32")
+    prompts = [prompt.text for prompt in load_prompts("all", "test")[::12]]
+
+    def play() -> list:
+        options = dict(strategy=Sways(), max_new_tokens=64, temperature=temperature, seed=4)
+        return [lede_env.generate(lm, prompt, **options).rounds for prompt in prompts]
+
+    ours = play()
+    eager(monkeypatch)
+    same = [a == b for a, b in zip(ours, play(), strict=True)]
+    assert sum(same) >= len(same) - 1, same  # rounding may part one near-tie
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("vocab", [97, 8192, 32016])
 def test_the_verdict_is_the_one_of_the_eager_engine(vocab, temperature):
@@ -131,11 +169,13 @@ def test_the_verdict_is_the_one_of_the_eager_engine(vocab, temperature):
             p, q = sampling.probabilities(logits[: made + 1]), sampling.probabilities(drafts[:made])
             tokens = draw_rows(q, [draws.next() for _ in range(made)]) if made else []
             expected = speculative_match(tokens, p, list(q), coins, after)
-        state = torch.tensor([0, 0, -1, -1, made], device="cuda")
+        state = torch.tensor([trial, 0, -1, -1, made], device="cuda")
         slots = torch.tensor([0, *tokens, *[5] * (rows - made)], device="cuda")
         uniforms = torch.tensor([*coins, after, *[0.5] * (rows - made)], dtype=torch.float64, device="cuda")
         verdict = torch.zeros(2 + rows, dtype=torch.float64, device="cuda")
-        judge(logits.cuda(), drafts.cuda(), slots, uniforms, verdict, state, temperature, True)
+        follows = torch.zeros(1, dtype=torch.long, device="cuda")
+        judge(logits.cuda(), drafts.cuda(), slots, uniforms, verdict, state, follows, temperature, True)
+        assert int(follows) == int(state[0]) + int(verdict[0]) + 1
         apart += (int(verdict[0]), int(verdict[1])) != expected or int(slots[0]) != int(verdict[1])
         doubts = logits.double().logsumexp(-1) - logits.double().amax(-1)
         torch.testing.assert_close(verdict[2:].cpu(), doubts, atol=1e-5, rtol=1e-5)

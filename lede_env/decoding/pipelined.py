@@ -2,7 +2,9 @@
 
 A drawn token is always verified, so it must pass the early layers whatever the strategy says next. They are launched
 before the host waits for the token: while they run it reads the signals, asks the strategy and looks up the text, and
-the device never stands idle for it. Only walking from layer to layer, where the answer says what runs next, waits.
+the device never stands idle for it. Likewise with the next round, whose token and place the verdict leaves on the
+device: its first layers are launched before the verdict is read, as deep as this round began. Only walking from layer
+to layer, where the answer says what runs next, waits.
 The rounds are those of `lede_env.decoding.rounds.play_round`, which plays them everywhere else.
 """
 
@@ -28,13 +30,18 @@ def play_round(session: GraphSession, rows: list[Row], sampling: Sampling, lap: 
         lap("verification")
         return
     path = row.control.path(row.round)
-    session.open(row.pending, path[0])
+    opened = path[0]
+    session.open(row.pending, opened)
     lap("drafting layers")
     more = True
     while more:
         path, more = _draft(session, row, path, sampling, lap)
     uniforms = () if sampling.greedy else (*row.coins, row.draws.next())
     session.verify(uniforms, sampling, doubts=row.trace is not None)
+    lap("verification")
+    if not row.control.taps and len(row.tokens) + len(row.round.drafts) + 1 < row.budget:
+        session.open_ahead(opened)
+        lap("drafting layers")
     accepted, token, doubts = session.verified()
     settle(session.lm, row, (accepted, token), doubts)
     if row.control.taps:
@@ -74,14 +81,18 @@ def _draft(
         lap("heads")
         if last:
             ahead = _extend(session, row, layer)
+            lap("drafting layers")
         values = session.drawn()
         place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
         signals = ReadSignals(*place, *context, sampling.temperature, values=values)
         lap("signals")
         if last:
             break
-        if row.control.leave(signals, row.round):
+        leaves = row.control.leave(signals, row.round)
+        lap("policy")
+        if leaves:
             ahead = _extend(session, row, layer)
+            lap("drafting layers")
             break
         row.round.checks += 1
         session.advance([0], [path[step + 1]])

@@ -18,11 +18,12 @@ RING = 64  # rows in turn: more than there are launches between two waits
 
 
 @triton.jit
-def _fetch_kernel(ring_ptr, turn_ptr, state_ptr, SIZE, RING: tl.constexpr, BLOCK: tl.constexpr):
+def _fetch_kernel(ring_ptr, turn_ptr, follows_ptr, state_ptr, SIZE, RING: tl.constexpr, BLOCK: tl.constexpr):
     turn = tl.load(turn_ptr)
     place = tl.arange(0, BLOCK)
-    row = ring_ptr + turn % RING * SIZE + place
-    tl.store(state_ptr + place, tl.load(row, mask=place < SIZE, cache_modifier=".cv"), mask=place < SIZE)
+    values = tl.load(ring_ptr + turn % RING * SIZE + place, mask=place < SIZE, cache_modifier=".cv")
+    values = tl.where((place == 0) & (values < 0), tl.load(follows_ptr), values)
+    tl.store(state_ptr + place, values, mask=place < SIZE)
     tl.debug_barrier()  # all have read the turn
     tl.store(turn_ptr, turn + 1)
 
@@ -39,6 +40,7 @@ class Mailbox:
     """What the host tells each graph: whole numbers, then floating-point ones. `state` is where kernels find them.
 
     state: (ints + floats,) int64 on the device; `floats` is the second part of it, (floats,) float64.
+    follows: (1,) int64 on the device: what the first number is where the host says -1, for it does not know it yet.
     """
 
     def __init__(self, ints: int, floats: int, device: torch.device):
@@ -46,6 +48,7 @@ class Mailbox:
         self.ints = ints
         self.state = torch.zeros(size, dtype=torch.long, device=device)
         self.floats = self.state[ints:].view(torch.float64)
+        self.follows = torch.zeros(1, dtype=torch.long, device=device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)  # rows fetched so far
         self._posted = 0  # rows written so far
         self._ring = torch.zeros(RING, size, dtype=torch.long).pin_memory()
@@ -72,7 +75,14 @@ class Mailbox:
         """The first kernel of every graph."""
         size = len(self.state)
         _fetch_kernel[(1,)](
-            self._ring, self.turn, self.state, size, RING=RING, BLOCK=triton.next_power_of_2(size), num_warps=1
+            self._ring,
+            self.turn,
+            self.follows,
+            self.state,
+            size,
+            RING=RING,
+            BLOCK=triton.next_power_of_2(size),
+            num_warps=1,
         )
 
     def answers(self, size: int, dtype: torch.dtype) -> Tensor:

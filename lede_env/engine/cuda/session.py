@@ -28,7 +28,8 @@ from lede_env.engine.session import Session
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
-INTS = 5  # whole numbers of `state`: length, slot, guess or -1, token or -1, number of drafts
+# Whole numbers of `state`: length, or -1 for what the last verdict leaves; slot; guess or -1; token or -1; drafts.
+INTS = 5
 GRAPHS = 256  # captured at a time; the least used goes first
 POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
 IDLE = 3  # sessions of a model kept for later
@@ -86,12 +87,14 @@ class GraphSession(Session):
         self._verdicts = self._mail.answers(2 + width, torch.float64)
         self._settled = deque((0, torch.cuda.Event()) for _ in range(2))  # rows of the last two; events
         self._row = 0  # of the last read-out
+        self._ahead = 0  # layers that `open_ahead` ran
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
 
     @torch.inference_mode()  # as everything that writes into its tensors
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
+        self._ahead = 0
         self._mail.rewind()
         self.lm.idle.insert(0, self)
         del self.lm.idle[IDLE:]
@@ -103,6 +106,7 @@ class GraphSession(Session):
         if self.tapped or not 0 < count <= prefill.LONGEST:
             return super().prefill(row, ids)
         self._forget(row, count)
+        self._ahead = 0
         if count <= prefill.CAPTURED:
             size = min(prefill.padded(count), self.capacity)
             prompt = self._prompt[:size]
@@ -117,7 +121,17 @@ class GraphSession(Session):
 
     def open(self, token: int, goal: int) -> None:
         """Begin a round: slot 0 holds the pending token; run it through layers 1..goal."""
-        self._enter(goal, token)
+        ahead, self._ahead = self._ahead, 0
+        if 0 < ahead <= goal:
+            self.depth[0].append(ahead)
+            self.advance([0], [goal])
+        else:
+            self._enter(goal, token)
+
+    def open_ahead(self, goal: int) -> None:
+        """After `verify`, before anybody knows its verdict: the next round's slot 0 through layers 1..goal."""
+        self._replay(("enter", goal), lambda: self._embed_and_run(goal), length=-1, slot=0)
+        self._ahead = goal
 
     def step(self, token: int, uniforms: Sequence[float], sampling: Sampling, doubts: bool) -> None:
         """A plain round as a whole, of the pending token or, -1, of the last step's, still on the device."""
@@ -126,6 +140,7 @@ class GraphSession(Session):
             self._embed_and_run(self.lm.n_layers)
             self._verify(1, sampling, doubts)
 
+        self._ahead = 0
         self._settle(self._replay(("step", sampling, doubts), body, slot=0, token=token, uniforms=uniforms))
 
     def extend(self, goal: int) -> None:
@@ -248,11 +263,12 @@ class GraphSession(Session):
             accepted, following = self._speculate(logits, sampling)
             self._tokens[:1] = following  # the next round's pending token
             self._verdict[:1], self._verdict[1:2] = accepted, following
+            self._mail.follows[:1] = state[:1] + accepted + 1
             if doubts:
                 self._verdict[2 : 2 + rows] = logits.logsumexp(-1) - logits.amax(-1)
         else:
-            its = (self._tokens, self._uniforms, self._verdict, state, sampling.temperature, doubts)
-            self._judge(logits, drafts, *its)
+            its = (self._tokens, self._uniforms, self._verdict, state, self._mail.follows)
+            self._judge(logits, drafts, *its, sampling.temperature, doubts)
         self._mail.answer(self._verdict, self._verdicts)
 
     def _speculate(self, logits: Tensor, sampling: Sampling) -> tuple[Tensor | int, Tensor]:
@@ -274,8 +290,10 @@ class GraphSession(Session):
         self.graph(key, body).replay()
         return row
 
-    def _place(self, *, slot: int, guess: int = -1, token: int = -1, drafts: int = 0) -> tuple[int, ...]:
-        return self.lengths[0], slot, guess, token, drafts
+    def _place(
+        self, *, slot: int, guess: int = -1, token: int = -1, drafts: int = 0, length: int | None = None
+    ) -> tuple[int, ...]:
+        return self.lengths[0] if length is None else length, slot, guess, token, drafts
 
     def fill(self, slot: int) -> None:
         """Have every graph from now on stand there: to time one, replayed over and over."""

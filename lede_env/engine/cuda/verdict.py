@@ -53,7 +53,7 @@ def _joined(tops, parts, inverse):
 @triton.jit
 def _settle_kernel(
     logits_ptr, drafts_ptr, tops_ptr, places_ptr, sums_ptr, masses_ptr, plan_ptr, tokens_ptr, uniforms_ptr, verdict_ptr,
-    state_ptr, V, BLOCKS, inverse,
+    state_ptr, follows_ptr, V, BLOCKS, inverse,
     ROWS: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, DOUBTS: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """Count the accepted drafts. Greedily the token after them too, which is pending then; sampled, plan its draw."""
@@ -95,6 +95,7 @@ def _settle_kernel(
         tl.store(tokens_ptr, following)
         tl.store(verdict_ptr + 1, following.to(tl.float64))
     tl.store(verdict_ptr, accepted.to(tl.float64))
+    tl.store(follows_ptr, tl.load(state_ptr) + accepted + 1)
 
 
 @triton.jit
@@ -155,6 +156,7 @@ class Verdict:
         uniforms: Tensor,
         verdict: Tensor,
         state: Tensor,
+        follows: Tensor,
         temperature: float,
         doubts: bool,
     ) -> None:
@@ -165,7 +167,8 @@ class Verdict:
             tokens: (.,) int64: the drafts from place 1 on; place 0 becomes the token after those accepted.
             uniforms: (.,) float64: the coin of each draft, then the number that draws what follows.
             verdict: (2 + rows,) float64: the number accepted, then that token; then, with `doubts`, -log p_max of rows.
-            state: (.,) int64: state[4] is the number of drafts.
+            state: (.,) int64: state[0] is the round's first position, state[4] the number of drafts.
+            follows: (1,) int64, becomes the first position of the next round.
         """
         rows, size, blocks = len(logits), self.vocab, self.blocks
         sampled, inverse = temperature > 0, 1.0 / temperature if temperature else 1.0
@@ -176,7 +179,7 @@ class Verdict:
         )
         bp = triton.next_power_of_2(blocks)
         _settle_kernel[(1,)](
-            logits, drafts, *found, self.plan, tokens, uniforms, verdict, state, size, blocks, inverse,
+            logits, drafts, *found, self.plan, tokens, uniforms, verdict, state, follows, size, blocks, inverse,
             ROWS=rows, BR=triton.next_power_of_2(rows), BP=bp, num_warps=4, **kind,
         )  # fmt: skip
         if sampled:
