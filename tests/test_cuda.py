@@ -10,6 +10,7 @@ import torch
 import lede_env
 from lede_env.decoding.strategies import Control, Strategy
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_match
+from lede_env.engine.read_signals import SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.session import Session
 from lede_env.tasks import load_prompts
 from tests.small_models import ARCHITECTURES, save_random_model
@@ -73,7 +74,7 @@ def test_graphs_on_every_architecture(tmp_path, monkeypatch, architecture):
 @pytest.mark.parametrize("temperature", [0.05, 0.6, 1.5])
 @pytest.mark.parametrize("vocab", [97, 8192, 32016])
 def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperature):
-    from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
+    from lede_env.engine.cuda.readout import ReadOut
 
     read, slots = ReadOut(vocab, torch.device("cuda")), 3
     logits = torch.randn(slots, vocab, generator=torch.Generator().manual_seed(vocab)).mul(3)

@@ -3,21 +3,27 @@
 A drawn token is always verified, so it must pass the early layers whatever the strategy says next. They are launched
 before the host waits for the token: while they run it reads the signals, asks the strategy and looks up the text, and
 the device never stands idle for it. Likewise with the next round, whose token and place the verdict leaves on the
-device: its first layers are launched before the verdict is read, as deep as this round began. Only walking from layer
-to layer, where the answer says what runs next, waits.
+device: its first layers are launched before the verdict is read, as deep as this round began. Where a walk from layer
+to layer decides, what is launched is a guess, that the draft leaves where the last one did: if it walks on, the slot
+opened for the next token is withdrawn.
 The rounds are those of `lede_env.decoding.rounds.play_round`, which plays them everywhere else.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from lede_env.decoding.rounds import Row, goes_on, settle
 from lede_env.decoding.stopwatch import Lap
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.cuda.readout import TOKEN, ReadSignals
-from lede_env.engine.cuda.session import GraphSession
+from lede_env.engine.read_signals import TOKEN, ReadSignals
 from lede_env.engine.signals import no_lap
+
+if TYPE_CHECKING:
+    from lede_env.engine.cuda.session import GraphSession
 
 
 @torch.inference_mode()
@@ -74,12 +80,13 @@ def _draft(
     context = row.context()
     guess, _ = context[1]
     uniform = None if sampling.greedy else row.draws.next()  # of the layer it leaves at, whichever that is
-    ahead = path
+    ahead, expected = path, _expected(row)
     for step, layer in enumerate(path):
         last = step + 1 == len(path)
         session.read(guess, uniform, sampling)
         lap("heads")
-        if last:
+        launched = last or (layer == expected and _reaches(row, layer))
+        if launched:
             ahead = _extend(session, row, layer)
             lap("drafting layers")
         values = session.drawn()
@@ -88,12 +95,19 @@ def _draft(
         lap("signals")
         if last:
             break
+        if launched:
+            row.round.exits.pop()  # not yet
         leaves = row.control.leave(signals, row.round)
         lap("policy")
         if leaves:
-            ahead = _extend(session, row, layer)
-            lap("drafting layers")
+            if launched:
+                row.round.exits.append(layer)
+            else:
+                ahead = _extend(session, row, layer)
+                lap("drafting layers")
             break
+        if launched:
+            session.withdraw()
         row.round.checks += 1
         session.advance([0], [path[step + 1]])
         lap("drafting layers")
@@ -104,6 +118,17 @@ def _draft(
     more = goes_on(session.lm, row, signals)
     lap("policy")
     return ahead, more
+
+
+def _expected(row: Row) -> int:
+    """The layer that the last draft left at, 0 before there is any: where the next one may well leave too."""
+    earlier = row.round.exits or (row.rounds[-1].exits if row.rounds else [])
+    return earlier[-1] if earlier else 0
+
+
+def _reaches(row: Row, layer: int) -> bool:
+    """Whether after an exit at `layer` the next draft begins no deeper, so that it moves no other slot."""
+    return row.control.path(replace(row.round, exits=[*row.round.exits, layer]))[0] <= layer
 
 
 def _extend(session: GraphSession, row: Row, layer: int) -> tuple[int, ...]:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class Control:
     """The state of one strategy on one row. The decoder asks it, in this order, for every draft of a round:
 
-    `path` once, `leave` at every layer of the path but the last, `drew`, then, unless the draft is an EOS or the
-    round is full, `keep_drafting`; after verification, `study` (with `taps`) and `learn`. Losslessness needs no care
-    here: `leave` is asked before the layer's token is drawn, and a drawn token is always verified.
+    `path`, `leave` at every layer of the path but the last, `drew`, then, unless the draft is an EOS or the round is
+    full, `keep_drafting`; after verification, `study` (with `taps`) and `learn`. On CUDA `path` is also asked ahead of
+    drafts that are never made: it must only look. Losslessness needs no care here: `leave` is asked before the layer's
+    token is drawn, and a drawn token is always verified.
     """
 
     cap: int = DRAFT_CAP  # most drafts a round

@@ -9,20 +9,14 @@ are float64 in both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lede_env.engine.signals import CONFIDENCE_K as TOP
-from lede_env.engine.signals import LOG_FLOOR, Signals
+from lede_env.engine.read_signals import TOP
 
 BLOCK = 1024  # logits a program of the first kernel reads
-# A read-out, float32: the TOP largest logits, their tokens, and these.
-LOG_SUM, ENTROPY, GUESS, TOKEN, TOKEN_LOGIT = range(2 * TOP, 2 * TOP + 5)
-SIZE = 32
 
 
 @triton.jit
@@ -154,29 +148,3 @@ class ReadOut:
             BLOCK=BLOCK, BP=triton.next_power_of_2(self.blocks), BC=triton.next_power_of_2(self.blocks * TOP),
             COUNT=TOP, DRAW=temperature is not None, SAMPLED=sampled, num_warps=4,
         )  # fmt: skip
-
-
-@dataclass(slots=True)
-class ReadSignals(Signals):
-    """Signals that came off the device with the token drawn from them: `values` is a read-out."""
-
-    values: list[float] = field(kw_only=True)
-
-    def largest(self, count: int) -> list[float]:
-        return [value for value in self.values[:TOP] if value > float("-inf")]
-
-    @property
-    def log_p_max(self) -> float:
-        return max(self.values[0] - self.values[LOG_SUM], LOG_FLOOR)
-
-    @property
-    def entropy(self) -> float:
-        return max(self.values[ENTROPY], 0.0)
-
-    @property
-    def guess_logit(self) -> float:
-        return self.values[GUESS]
-
-    @property
-    def token_logit(self) -> float:
-        return self.values[TOKEN_LOGIT]

@@ -20,8 +20,9 @@ from lede_env.engine.cuda import prefill
 from lede_env.engine.cuda.attention import Attention
 from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.mailbox import Mailbox
-from lede_env.engine.cuda.readout import SIZE, TOKEN, TOKEN_LOGIT, ReadOut
+from lede_env.engine.cuda.readout import ReadOut
 from lede_env.engine.cuda.verdict import Verdict
+from lede_env.engine.read_signals import SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.session import Session
 
@@ -147,6 +148,10 @@ class GraphSession(Session):
         """Open the next slot with the token just drawn, still on the device, and run it through layers 1..goal."""
         self._enter(goal, -1)
 
+    def withdraw(self) -> None:
+        """Close the slot opened last, as if it had never been."""
+        self.depth[0].pop()
+
     def _enter(self, goal: int, token: int) -> None:
         depth = self.depth[0]
         first = min([goal, *depth[-1:]])  # where waiting slots, if there are, begin to ride along
@@ -166,7 +171,7 @@ class GraphSession(Session):
         self._ready.record()
 
     def drawn(self) -> list[float]:
-        """Wait for the last `read`: its read-out, see `lede_env.engine.cuda.readout`."""
+        """Wait for the last `read`: its read-out, see `lede_env.engine.read_signals`."""
         self._ready.synchronize()
         return self._outs[self._row].tolist()
 
