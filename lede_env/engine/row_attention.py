@@ -24,8 +24,8 @@ class Reach:
     Entries are ordered by query, head and slot.
     """
 
-    rows: Tensor  # (N,) of the batch
-    slots: Tensor  # (N,) where the query's own key and value go: stop - 1
+    rows: np.ndarray  # (N,) of the batch
+    slots: np.ndarray  # (N,) where the query's own key and value go: stop - 1
     pattern: Tensor  # (N heads, B kv_heads capacity) CSR with an entry for each slot read, which holds its weight
     counts: np.ndarray  # (N heads,) entries of each
 
@@ -46,7 +46,7 @@ class Reach:
                 torch.zeros(len(places), dtype=cache.dtype),
                 (len(counts), batch * kv_heads * capacity),
             )
-        return cls(torch.tensor(rows), torch.tensor(stops) - 1, pattern, counts)
+        return cls(np.array(rows), np.array(stops) - 1, pattern, counts)
 
 
 def attend_rows(reach: Reach, cache: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def attend_rows(reach: Reach, cache: tuple[Tensor, Tensor], queries: Tensor, key
         (N, heads, D).
     """
     for each, new in zip(cache, (keys, values), strict=True):
-        each[reach.rows, :, reach.slots] = new
+        each.numpy()[reach.rows, :, reach.slots] = new.numpy()  # half of torch's time
     dim = queries.shape[-1]
     cache_k, cache_v = (each.view(-1, dim) for each in cache)  # (B kv_heads capacity, D)
     pattern, flat = reach.pattern, queries.reshape(-1, dim)

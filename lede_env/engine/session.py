@@ -87,6 +87,17 @@ class Session:
         self.lengths[row] = len(ids)
         return seen
 
+    def kept(self, row: int) -> Tensor:
+        """(2 layers, kv_heads, n, D) copy of the keys, then the values, of the row's n positions."""
+        return torch.stack([each[row, :, : self.lengths[row]] for each in (*self.cache.keys, *self.cache.values)])
+
+    def restore(self, row: int, kept: Tensor) -> None:
+        """Forget the row, then have it hold what `kept` once returned of another."""
+        self.lengths[row] = kept.shape[2]
+        self.depth[row].clear()
+        for each, own in zip((*self.cache.keys, *self.cache.values), kept, strict=True):
+            each[row, :, : self.lengths[row]] = own
+
     def _run_all(self, x: Tensor, span: Span) -> Tensor:
         """Run (1, Q, H) states through every layer; returns the (taps, Q, H) states leaving the tapped ones."""
         seen = x.new_zeros(len(self.tapped), *x.shape[1:])
