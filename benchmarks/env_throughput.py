@@ -4,6 +4,9 @@ Every step counts as its user gets it: observation, reward, flags and the whole 
 Actions are random and drawn beforehand. Environments are timed in turn, repeat by repeat, so that drift hits all
 alike; a figure is the median over repeats. `processes` > 1 times as many copies of each vector environment at once,
 a process each; its figure is their sum.
+
+On a CPU a language model's live environments keep the prompts that they have prefilled, together. As in a training of
+many episodes each has been played once before the timing begins; the share of resets that found theirs is printed.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from rich.console import Console
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
+from lede_env.envs.prompt_memory import PromptMemory, memory_of
+from lede_env.models.loading import load_model
 
 IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
 
@@ -110,6 +115,14 @@ def contenders(args: Args) -> list[Contender]:
     return found
 
 
+def play_prompts(device: str) -> PromptMemory:
+    """Begin a text of every prompt that the live environments play. Returns the memory of their model."""
+    env = gym.make(IDS["exit"], disable_env_checker=True, device=device)
+    for prompt_id in env.unwrapped.prompt_ids:
+        env.reset(options={"prompt_id": prompt_id})
+    return memory_of(load_model("tiny", device=device))
+
+
 def time_in_turn(found: list[Contender], repeats: int, console: Console) -> list[list[float]]:
     """Steps a second of each, a figure a repeat, after one to warm up."""
     rates: list[list[float]] = [[] for _ in found]
@@ -184,6 +197,8 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(args: Args) -> None:
     console = Console()
     found = contenders(args)
+    memory = play_prompts(args.device)
+    memory.hits = memory.misses = 0
     rates = time_in_turn(found, args.repeats, console)
     rows = [row_of(contender, own) for contender, own in zip(found, rates, strict=True)]
     if args.processes > 1 and args.device == "cpu":
@@ -197,6 +212,7 @@ def main(args: Args) -> None:
     )
     about = machine(args.device) | {
         "measured": f"random actions, info included; median of {args.repeats} repeats, environments in turn",
+        "prompts kept": f"{memory.hits} of {memory.hits + memory.misses} live resets",
         "trace": Path(args.trace).name if args.trace else "the one that ships",
         "command": "python -m benchmarks.env_throughput",
         **compared,

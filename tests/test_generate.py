@@ -422,3 +422,24 @@ def test_rows_wait_at_their_layers_and_ride_along(random_model):
                 (state,) = plain.finish([0])
                 torch.testing.assert_close(together[row][slot], state[0])
                 plain.close_round(0, 1)
+
+
+@pytest.mark.parametrize("by_query", [True, False])  # as on a CPU; as on a GPU
+def test_rows_of_different_lengths_run_as_each_alone(random_model, by_query):
+    lm, _ = random_model("llama-gqa")
+    prompts, drafts = ([1, 17, 40, 5, 23], [1, 9], [1, 3, 8, 77]), ([5, 23, 40], [8], [61, 2])
+    with torch.inference_mode(), lm.session(4, 32) as session:
+        session.cache.by_query = by_query
+        for row, ids in enumerate(prompts):
+            session.prefill(row, ids)
+        for slot in range(3):
+            rows = [row for row in range(3) if slot < len(drafts[row])]
+            session.feed(rows, [drafts[row][slot] for row in rows])
+            session.advance(rows, [2 + (slot == 0 and row) for row in rows])
+        together = session.finish([0, 1, 2])
+        for row, (ids, own) in enumerate(zip(prompts, drafts, strict=True)):
+            alone = lm.session(1, 32)
+            alone.prefill(0, ids)
+            for token in own:
+                alone.feed([0], [token])
+            torch.testing.assert_close(together[row], alone.finish([0])[0])

@@ -84,6 +84,17 @@ class Session:
         self.lengths[row] = len(ids)
         return seen
 
+    def kept(self, row: int) -> Tensor:
+        """(2 layers, kv_heads, n, D) copy of the keys, then the values, of the row's n positions."""
+        return torch.stack([each[row, :, : self.lengths[row]] for each in (*self.cache.keys, *self.cache.values)])
+
+    def restore(self, row: int, kept: Tensor) -> None:
+        """Forget the row, then have it hold what `kept` once returned of another."""
+        self._forget(row, kept.shape[2])
+        self.lengths[row] = kept.shape[2]
+        for each, own in zip((*self.cache.keys, *self.cache.values), kept, strict=True):
+            each[row, :, : self.lengths[row]] = own
+
     def _forget(self, row: int, length: int) -> None:
         """Make way for a prompt of that length."""
         self.lengths[row] = 0
@@ -123,22 +134,33 @@ class Session:
         """Run every slot at depth `first` of these rows through layers first+1..last."""
         tails = [self.depth[row].index(first) for row in rows]  # the first slot that moves
         counts = [len(self.depth[row]) - tail for row, tail in zip(rows, tails, strict=True)]
-        starts = [self.lengths[row] + tail for row, tail in zip(rows, tails, strict=True)]
-        width = max(counts)
-        span = self.cache.span(rows, starts, width)
-        if len(set(tails)) == 1:
-            index = slice(None) if len(rows) == self.batch else rows
-            window = slice(tails[0], tails[0] + width)
-            self.hidden[index, window] = self.lm.run(self.hidden[index, window], self.cache, span, first, last)
+        if self.cache.by_query and len(rows) > 1:
+            self._move_by_query(rows, tails, counts, first, last)
         else:
-            self._move_ragged(rows, tails, counts, width, span, first, last)
+            self._move_padded(rows, tails, counts, first, last)
         for row, tail in zip(rows, tails, strict=True):
             self.depth[row][tail:] = [last] * (len(self.depth[row]) - tail)
             if last in self.tapped:
                 self.tapped[last][row, tail : len(self.depth[row])] = self.hidden[row, tail : len(self.depth[row])]
 
-    def _move_ragged(self, rows, tails, counts, width, span, first, last) -> None:
-        """As `_move`, for rows whose open slots differ: gathered, padded at the end to one width, put back."""
+    def _move_by_query(self, rows: list[int], tails: list[int], counts: list[int], first: int, last: int) -> None:
+        """As `_move`, slot by slot."""
+        moving = [(row, tail + i) for row, tail, count in zip(rows, tails, counts, strict=True) for i in range(count)]
+        who, slots = map(list, zip(*moving, strict=True))
+        span = self.cache.span(who, [self.lengths[row] + slot for row, slot in moving], 1)
+        index = torch.tensor(who), torch.tensor(slots)
+        self.hidden[index] = self.lm.run(self.hidden[index].unsqueeze(1), self.cache, span, first, last).squeeze(1)
+
+    def _move_padded(self, rows: list[int], tails: list[int], counts: list[int], first: int, last: int) -> None:
+        """As `_move`, all rows padded at the end to one width."""
+        width = max(counts)
+        starts = [self.lengths[row] + tail for row, tail in zip(rows, tails, strict=True)]
+        span = self.cache.span(rows, starts, width)
+        if len(set(tails)) == 1:
+            index = slice(None) if len(rows) == self.batch else rows
+            window = slice(tails[0], tails[0] + width)
+            self.hidden[index, window] = self.lm.run(self.hidden[index, window], self.cache, span, first, last)
+            return
         device = self.lm.device
         index = torch.tensor(rows, device=device).unsqueeze(1)  # (R, 1)
         offsets = torch.arange(width, device=device)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, draw
+from lede_env.engine.acceptance import Draws, Sampling, best_tokens, coupled_drafts, draw
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.signals import LOOKUP_FEATURES, RAW, TraceWindow, compute_features, raw_signals
 from lede_env.envs.exit_outcomes import number_cells
+from lede_env.envs.prompt_memory import memory_of
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -58,6 +59,7 @@ class LiveBackend:
         self.positions = max_new_tokens + 1
         longest = max(map(len, self.tokens))
         self.session = lm.session(lanes, longest + self.positions, width=1)
+        self._memory = memory_of(lm)
         self.base = np.arange(lanes) * self.positions
         size, n = lanes * self.positions, len(candidate_layers)
         self.observations = np.zeros((size, n, len(features)), np.float32)
@@ -78,7 +80,7 @@ class LiveBackend:
         """Begin the continuation of a prompt on a lane; `seed` keys its draws."""
         ids = self.tokens[prompt]
         with torch.inference_mode():
-            self.session.prefill(lane, ids[:-1])
+            self._memory.prefill(self.session, lane, ids[:-1])
         self._pending[lane], self._done[lane], self.known[lane] = ids[-1], False, 0
         self._draws[lane], self._trace[lane] = Draws(seed), TraceWindow()
         self._lookup[lane] = Lookup(ids) if self.looks_up else None
@@ -150,7 +152,7 @@ class LiveBackend:
     def _tokens(self, lanes: list[int], logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(n, C) drafts and (n,) targets from (C + 1, n, V) logits."""
         if self.sampling.greedy:
-            best = logits.argmax(-1).cpu().numpy()
+            best = best_tokens(logits)
             return best[:-1].T, best[-1]
         drawn = [self._sample(lane, logits[:, place]) for place, lane in enumerate(lanes)]
         return np.array([drafts for _, drafts in drawn]), np.array([target for target, _ in drawn])

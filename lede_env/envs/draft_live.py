@@ -7,13 +7,14 @@ what it sees there, bit for bit with one lane.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lede_env.engine.acceptance import Draws, Sampling, draw, greedy_match, speculative_match
+from lede_env.engine.acceptance import Draws, Sampling, best_tokens, draw, greedy_match, speculative_matches
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Round
@@ -26,6 +27,7 @@ from lede_env.engine.signals import (
     draft_peril,
     raw_signals,
 )
+from lede_env.envs.prompt_memory import memory_of
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
 
@@ -83,6 +85,7 @@ class DraftLiveBackend:
         self.prompt_ids = [prompt.id for prompt in prompts]
         self.tokens = [fit_prompt(lm.encode(prompt.text), room, prompt.task)[0] for prompt in prompts]
         self.session = lm.session(lanes, max(map(len, self.tokens)) + max_new_tokens + 1, width=cap + 1)
+        self._memory = memory_of(lm)
         self._stride = len(candidate_layers) + cap - 1  # nodes a lane
         self._first = np.arange(lanes) * self._stride
         self.signals = np.zeros((lanes * self._stride, len(features)), np.float32)
@@ -95,7 +98,7 @@ class DraftLiveBackend:
         """Begin the continuations of prompts on lanes, (n,) each; the seeds key their draws, as the decoder's do."""
         for lane, prompt, seed in zip(lanes.tolist(), prompts.tolist(), seeds.tolist(), strict=True):
             ids = self.tokens[prompt]
-            self.session.prefill(lane, ids[:-1])
+            self._memory.prefill(self.session, lane, ids[:-1])
             self._lanes[lane] = _Lane(ids[-1], Draws(seed), Lookup(ids) if self._looks_up else None)
 
     def cell(self, lane: Any, token: Any) -> Any:
@@ -162,27 +165,32 @@ class DraftLiveBackend:
 
     def _finish(self, rows: list[int]) -> np.ndarray:
         """Verify the open rounds of ascending rows: (3, rows) accepted, emitted, ended."""
-        states = self.session.finish(rows)
-        logits = self.lm.logits(torch.cat(states)).split([len(state) for state in states])
+        logits = self.lm.logits(torch.cat(self.session.finish(rows)))  # (sum of d + 1, V)
+        surprise = iter((logits.logsumexp(-1) - logits.amax(-1)).tolist())  # -log p_max
         counts = np.zeros((3, len(rows)), np.int64)
-        for column, (row, target) in enumerate(zip(rows, logits, strict=True)):
-            ended = self._verify(row, target)
+        for column, (row, outcome) in enumerate(zip(rows, self._outcomes(rows, logits), strict=True)):
+            known = list(islice(surprise, len(self._lanes[row].round.drafts) + 1))
+            ended = self._settle(row, outcome, known)
             round_ = self._lanes[row].round
             counts[:, column] = round_.accepted, len(round_.emitted), ended
         return counts
 
-    def _verify(self, row: int, logits: Tensor) -> bool:
-        """Settle a lane's round against the (d + 1, V) full-depth logits; whether it ends by an EOS."""
-        lane = self._lanes[row]
+    def _outcomes(self, rows: list[int], logits: Tensor) -> list[tuple[int, int]]:
+        """(accepted, next token) of each row's round, given their full-depth logits, row after row."""
+        lanes = [self._lanes[row] for row in rows]
+        drafts = [lane.round.drafts for lane in lanes]
         if self.sampling.greedy:
-            accepted, token = greedy_match(lane.round.drafts, logits.argmax(-1).tolist())
-        else:
-            probabilities = self.sampling.probabilities(logits)
-            after = lane.draws.next()
-            accepted, token = speculative_match(lane.round.drafts, probabilities, lane.q, lane.coins, after)
-        ended = lane.round.settle(accepted, token, self.lm.eos_ids)
-        known = logits[: len(lane.round.emitted)]
-        for value in (known.logsumexp(-1) - known.amax(-1)).tolist():
+            targets = iter(best_tokens(logits).tolist())
+            return [greedy_match(own, list(islice(targets, len(own) + 1))) for own in drafts]
+        after = [lane.draws.next() for lane in lanes]
+        q, coins = [lane.q for lane in lanes], [lane.coins for lane in lanes]
+        return speculative_matches(drafts, self.sampling.probabilities(logits), q, coins, after)
+
+    def _settle(self, row: int, outcome: tuple[int, int], surprise: list[float]) -> bool:
+        """Book a lane's verified round, given -log p_max at each of its positions; whether it ends by an EOS."""
+        lane = self._lanes[row]
+        ended = lane.round.settle(*outcome, self.lm.eos_ids)
+        for value in surprise[: len(lane.round.emitted)]:
             lane.trace.push(value)
         if lane.lookup is not None:
             lane.lookup.extend(lane.round.emitted)
@@ -200,7 +208,7 @@ class DraftLiveBackend:
         guesses = torch.tensor([token for token, _ in found], device=logits.device)
         raw = raw_signals(logits, guesses).double().cpu().numpy()  # double: features round once, as the decoder's
         drafts = np.array([len(lane.round.drafts) for lane in lanes])  # before the one in view
-        for lane, own, best in zip(lanes, logits, logits.argmax(-1).tolist(), strict=True):
+        for lane, own, best in zip(lanes, logits, best_tokens(logits).tolist(), strict=True):
             lane.logits, lane.best, lane.kept = own, best, False
         nodes = [self._node(row) for row in rows]
         self.signals[nodes] = compute_features(
