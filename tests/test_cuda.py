@@ -58,6 +58,21 @@ def test_graphs_play_the_rounds_of_the_eager_engine(monkeypatch, name, temperatu
     assert sum(same) >= len(same) - 1, same  # rounding may part one near-tie
 
 
+@pytest.mark.parametrize("name", ["autoregressive", "layerskip", "lite", "lede"])
+def test_batches_play_the_rounds_of_the_eager_engine(monkeypatch, name):
+    lm = lede_env.load_model("tiny", device="cuda", dtype="float32")
+    prompts = [prompt.text for prompt in load_prompts("all", "test")[::15]]
+
+    def play() -> list:
+        batches = [lede_env.generate(lm, prompts, strategy=s, max_new_tokens=48) for s in ON_EMBEDDED[name](lm)]
+        return [out.rounds for outs in batches for out in outs]
+
+    ours = play()
+    eager(monkeypatch)
+    same = [a == b for a, b in zip(ours, play(), strict=True)]
+    assert sum(same) >= len(same) - 1, same  # rounding may part one near-tie
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_graphs_on_every_architecture(tmp_path, monkeypatch, architecture):
     sizes = dict(hidden_size=64, head_dim=16) if architecture != "qwen2" else dict(hidden_size=64)

@@ -21,6 +21,7 @@ class Span:
     stop: int  # slots [0, stop) are read
     whole: bool  # one row, or every row of the session at one position: plain slices will do
     mask: Tensor | None  # bool, broadcast to (R, heads, Q, stop): slot <= position
+    causal: bool = False  # in place of the mask: queries and slots are the same positions
     queries: tuple[list[int], list[int]] | None = None  # in place of the mask: each one's row, and the slots it reads
 
 
@@ -55,16 +56,18 @@ class KVCache:
 
         With `by_query` and a width of 1 a row may be listed several times, a position each.
         """
-        stop, every = max(starts) + width, len(rows) == self.batch
+        stop, every, device = max(starts) + width, len(rows) == self.batch, self.slots.device
+        index: Tensor | slice | None
         if len(rows) == 1 or (every and len(set(starts)) == 1):
             positions = self.slots[starts[0] : stop].unsqueeze(0)  # (1, Q)
+            index = None if every else slice(rows[0], rows[0] + 1)
             # One query reads everything before it; several need the causal triangle.
-            mask = None if width == 1 else self.slots[:stop] <= positions.squeeze(0).unsqueeze(1)  # (Q, stop)
-            return Span(None if every else slice(rows[0], rows[0] + 1), positions, starts[0], stop, True, mask)
-        device = self.slots.device
+            causal = width > 1 and starts[0] == 0 and device.type == "cuda"
+            mask = self.slots[:stop] <= positions.squeeze(0).unsqueeze(1) if width > 1 and not causal else None
+            return Span(index, positions, starts[0], stop, True, mask, causal)
         positions = torch.tensor(starts, device=device).unsqueeze(1) + self.slots[:width]  # (R, Q)
         if self.by_query and width == 1:
-            return Span(None, positions, 0, stop, False, None, (rows, [start + 1 for start in starts]))
+            return Span(None, positions, 0, stop, False, None, queries=(rows, [start + 1 for start in starts]))
         index = None if every else torch.tensor(rows, device=device)
         mask = (self.slots[:stop] <= positions.unsqueeze(-1)).unsqueeze(1)  # (R, 1, Q, stop)
         return Span(index, positions, 0, stop, False, mask)
@@ -90,19 +93,26 @@ class KVCache:
     def _attend_together(self, layer: int, span: Span, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """One call for all rows. Returns (R, Q, heads, D)."""
         cache_k, cache_v, stop = self.keys[layer], self.values[layer], span.stop
-        read = slice(None) if span.rows is None else span.rows
-        if span.whole:
+        rows = self.rows if span.rows is None else span.rows
+        if isinstance(rows, Tensor) and not span.whole:
+            cache_k[rows.unsqueeze(1), :, span.positions] = keys
+            cache_v[rows.unsqueeze(1), :, span.positions] = values
+        else:
+            read = slice(None) if span.rows is None else span.rows
             cache_k[read, :, span.start : stop] = keys.transpose(1, 2)
             cache_v[read, :, span.start : stop] = values.transpose(1, 2)
-        else:
-            rows = (self.rows if span.rows is None else span.rows).unsqueeze(1)
-            cache_k[rows, :, span.positions] = keys
-            cache_v[rows, :, span.positions] = values
-        return self._scaled_dot_product(queries, cache_k[read, :, :stop], cache_v[read, :, :stop], span.mask)
+        return self.attended(layer, span, queries)
 
-    def _scaled_dot_product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(R, Q, heads, D) queries over (R, kv_heads, stop, D) keys and values. Returns (R, Q, heads, D)."""
+    def attended(self, layer: int, span: Span, queries: Tensor) -> Tensor:
+        """(R, Q, heads, D) queries over what is stored of all that the span may read. Returns (R, Q, heads, D)."""
+        read = slice(None) if span.rows is None else span.rows
+        keys, values = (each[layer][read, :, : span.stop] for each in (self.keys, self.values))
         out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=queries.shape[2] != keys.shape[1]
+            queries.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=span.mask,
+            is_causal=span.causal,
+            enable_gqa=queries.shape[2] != keys.shape[1],
         )
         return out.transpose(1, 2)

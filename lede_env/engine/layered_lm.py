@@ -81,6 +81,11 @@ class LayeredLM:
     def n_layers(self) -> int:
         return self.geometry.n_layers
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether it runs on CUDA with Triton kernels; warns, once, where it is on CUDA and cannot."""
+        return self.device.type == "cuda" and has_graphs(self)
+
     def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1, taps: Sequence[int] = ()) -> Session:
         """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round.
 
@@ -88,7 +93,7 @@ class LayeredLM:
         """
         from lede_env.engine.session import Session
 
-        if self.device.type == "cuda" and batch == 1 and has_graphs(self):
+        if batch == 1 and self.has_kernels:
             from lede_env.engine.cuda.session import borrow
 
             return borrow(self, capacity, width, taps)
@@ -100,6 +105,10 @@ class LayeredLM:
 
     def run(self, x: Tensor, cache: KVCache, span: Span, first: int, last: int) -> Tensor:
         """Layers first+1..last over (R, Q, H) un-normed states; writes their keys and values. Returns (R, Q, H)."""
+        if self.has_kernels:
+            from lede_env.engine.cuda import layers
+
+            return layers.run(self, x, cache, span, first, last)
         shape, eps, mlp = x.shape, self.norm_eps, self.geometry.mlp
         x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
         turn = self.rope[span.positions].unsqueeze(2)  # (R or 1, Q, 1, D / 2)

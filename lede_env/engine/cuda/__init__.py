@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ def has_graphs(lm: LayeredLM) -> bool:
     dim = lm.geometry.head_dim
     if lm.dtype not in DTYPES:
         reason = f"{lm.dtype} has no kernels; use bfloat16, float16 or float32"
-    elif importlib.util.find_spec("triton") is None:
+    elif not _has_triton():
         reason = "the package triton is missing; install a CUDA build of torch"
     elif dim < 16 or dim & (dim - 1):
         reason = f"its heads have {dim} channels, which is no power of two from 16 on"
@@ -30,3 +31,8 @@ def has_graphs(lm: LayeredLM) -> bool:
         return True
     warnings.warn(f"model {lm.name!r} runs eagerly on CUDA, several times slower: {reason}", stacklevel=3)
     return False
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

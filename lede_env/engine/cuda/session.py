@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lede_env.engine.acceptance import Sampling, residual
-from lede_env.engine.cuda import prefill
+from lede_env.engine.cuda import layers
 from lede_env.engine.cuda.attention import Attention
 from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.mailbox import Mailbox
@@ -34,6 +34,8 @@ INTS = 5
 GRAPHS = 256  # captured at a time; the least used goes first
 POSITIONS = 1024  # capacities are rounded up to a multiple, so that a session serves the next prompt too
 IDLE = 3  # sessions of a model kept for later
+CAPTURED = 512  # positions up to which a prompt runs as a graph
+LONGEST = 4096  # positions up to which a prompt runs in one piece, for the memory it takes
 
 
 def borrow(lm: LayeredLM, capacity: int, width: int, taps: Sequence[int]) -> GraphSession:
@@ -76,7 +78,7 @@ class GraphSession(Session):
         self._draft_logits = torch.zeros(width, g.vocab, device=device)  # row i is what draft i was drawn from
         self._logits = torch.zeros(width, g.vocab, device=device)  # of the last verification
         self._tokens = torch.zeros(width + 1, dtype=torch.long, device=device)  # of the open slots
-        self._prompt = torch.zeros(prefill.CAPTURED, dtype=torch.long, device=device)  # what a graph prefills
+        self._prompt = torch.zeros(CAPTURED, dtype=torch.long, device=device)  # what a graph prefills
         self._rope = torch.view_as_real(lm.rope)
         self._offsets = torch.arange(width, device=device)
         self._mail = Mailbox(INTS, width + 1, device)
@@ -102,19 +104,23 @@ class GraphSession(Session):
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: list[int]) -> Tensor:
-        """As in `Session`; without taps, and but for very long prompts, in one piece."""
+        """As in `Session`; without taps, and but for very long prompts, in one piece.
+
+        Short ones run as graphs, padded at the end to one of a few lengths: no position sees a later one, and what
+        padding leaves in the cache is overwritten.
+        """
         count = len(ids)
-        if self.tapped or not 0 < count <= prefill.LONGEST:
+        if self.tapped or not 0 < count <= LONGEST:
             return super().prefill(row, ids)
         self._forget(row, count)
         self._ahead = 0
-        if count <= prefill.CAPTURED:
-            size = min(prefill.padded(count), self.capacity)
+        if count <= CAPTURED:
+            size = min(padded(count), self.capacity)
             prompt = self._prompt[:size]
             prompt[:count] = torch.tensor(ids)
-            self._replay(("prefill", size), lambda: prefill.run(self.lm, self.cache, prompt), slot=0)
+            self._replay(("prefill", size), lambda: layers.prefill(self.lm, self.cache, prompt), slot=0)
         else:
-            prefill.run(self.lm, self.cache, torch.tensor(ids, device=self.lm.device))
+            layers.prefill(self.lm, self.cache, torch.tensor(ids, device=self.lm.device))
         self.lengths[row] = count
         return self.hidden.new_zeros(0, 0, self.hidden.shape[-1])
 
@@ -333,3 +339,9 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """A token, (1,), from (1, V) non-negative weights and a (1,) uniform number on the device: as `draw_rows`."""
     total = weights.double().cumsum(-1)
     return torch.searchsorted(total, total[:, -1:] * uniform, right=True)[0]
+
+
+def padded(length: int) -> int:
+    """The length a short prompt is padded to."""
+    step = 32 if length <= 128 else 64
+    return -(-length // step) * step

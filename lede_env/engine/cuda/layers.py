@@ -1,8 +1,7 @@
-"""A prompt through every layer at once: keys and values into the cache, and nothing else kept.
+"""Layers over many rows, a prompt's or a batch's: what lies between the products fused, nine launches a layer.
 
-The products are cuBLAS's and attention is PyTorch's fused kernel; what lies between them is fused here, so that a layer
-is nine launches. Short prompts take less time than their launches, so those run as captured graphs, padded at the end
-to one of a few lengths: no position sees a later one, and what padding leaves in the cache is overwritten.
+The products are cuBLAS's and attention is PyTorch's. A batch of a few rows, or a short prompt, takes less time than its
+launches, so their number is what counts; and of a long prompt, the passes over its states between the products.
 """
 
 from __future__ import annotations
@@ -10,24 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lede_env.engine.kv_cache import KVCache
+    from lede_env.engine.kv_cache import KVCache, Span
     from lede_env.engine.layered_lm import LayeredLM
 
-CAPTURED = 512  # positions up to which a prompt runs as a graph
-LONGEST = 4096  # positions up to which a prompt runs in one piece, for the memory it takes
 BLOCK = 1024  # channels of the MLP a program takes
-
-
-def padded(length: int) -> int:
-    """The length a short prompt is padded to."""
-    step = 32 if length <= 128 else 64
-    return -(-length // step) * step
 
 
 @triton.jit
@@ -43,24 +33,26 @@ def _norm_kernel(x_ptr, weight_ptr, eps_ptr, out_ptr, H, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place_kernel(
-    qkv_ptr, rope_ptr, queries_ptr, keys_ptr, values_ptr, capacity,
+    qkv_ptr, rope_ptr, rows_ptr, positions_ptr, queries_ptr, keys_ptr, values_ptr, capacity, Q, stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BH: tl.constexpr, BKV: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one position's queries and keys; store its keys and values in the cache."""
-    position = tl.program_id(0).to(tl.int64)
-    qkv_ptr += position * (HEADS + 2 * KV_HEADS) * DIM
+    """Rotate the queries and keys of one position of a row; store its keys and values in the cache."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + place // Q)
+    position = tl.load(positions_ptr + place // Q * stride + place % Q)
+    qkv_ptr += place * (HEADS + 2 * KV_HEADS) * DIM
     kind = queries_ptr.dtype.element_ty
     d, h, kv = tl.arange(0, DIM)[None, :], tl.arange(0, BH)[:, None], tl.arange(0, BKV)[:, None]
     cos = tl.load(rope_ptr + position * DIM + (d & ~1))
     sin = tl.load(rope_ptr + position * DIM + (d | 1)) * tl.where((d & 1) == 0, -1.0, 1.0)
     q = tl.load(qkv_ptr + h * DIM + d, mask=h < HEADS, other=0.0).to(tl.float32)
     pair = tl.load(qkv_ptr + h * DIM + (d ^ 1), mask=h < HEADS, other=0.0).to(tl.float32)
-    tl.store(queries_ptr + (position * HEADS + h) * DIM + d, (q * cos + pair * sin).to(kind), mask=h < HEADS)
+    tl.store(queries_ptr + (place * HEADS + h) * DIM + d, (q * cos + pair * sin).to(kind), mask=h < HEADS)
     there = kv < KV_HEADS
     k = tl.load(qkv_ptr + (HEADS + kv) * DIM + d, mask=there, other=0.0).to(tl.float32)
     pair = tl.load(qkv_ptr + (HEADS + kv) * DIM + (d ^ 1), mask=there, other=0.0).to(tl.float32)
     v = tl.load(qkv_ptr + (HEADS + KV_HEADS + kv) * DIM + d, mask=there, other=0.0)
-    slot = (kv.to(tl.int64) * capacity + position) * DIM + d
+    slot = ((row * KV_HEADS + kv) * capacity + position) * DIM + d
     tl.store(keys_ptr + slot, (k * cos + pair * sin).to(kind), mask=there)
     tl.store(values_ptr + slot, v, mask=there)
 
@@ -74,45 +66,46 @@ def _gate_kernel(gate_up_ptr, out_ptr, M, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * M + m, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=m < M)
 
 
-def run(lm: LayeredLM, cache: KVCache, ids: Tensor) -> None:
-    """Keys and values of (n,) tokens, at positions 0 .. n - 1 of the one row of the cache."""
-    x, rope = lm.embed(ids), torch.view_as_real(lm.rope)
-    for index, layer in enumerate(lm.layers):
-        h = _norm(lm, x, layer.attention_norm)
-        qkv = h @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, h, layer.qkv)
-        queries = _place(lm, cache, index, qkv, rope)
-        if index + 1 == lm.n_layers:
-            return  # nobody reads the states that leave it
-        x = torch.addmm(x, _attend(lm, cache, index, queries), layer.out)
+def run(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, first: int, last: int) -> Tensor:
+    """As `LayeredLM.run`."""
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
+    for index in range(first, last):
+        layer, queries = lm.layers[index], _store(lm, x, cache, span, index)
+        attended = cache.attended(index, span, queries.view(*shape[:2], *queries.shape[1:]))
+        x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
         x = torch.addmm(x, _gate(_norm(lm, x, layer.mlp_norm) @ layer.gate_up), layer.down)
+    return x.view(shape)
 
 
-def _norm(lm: LayeredLM, x: Tensor, weight: Tensor) -> Tensor:
-    out, size = torch.empty_like(x), x.shape[-1]
-    _norm_kernel[(len(x),)](x, weight, lm.norm_eps, out, size, BLOCK=triton.next_power_of_2(size), num_warps=8)
-    return out
+def prefill(lm: LayeredLM, cache: KVCache, ids: Tensor) -> None:
+    """Keys and values of (n,) tokens, at positions 0 .. n - 1 of the one row of the cache, and nothing else."""
+    span, last = cache.span([0], [0], len(ids)), lm.n_layers - 1
+    x = run(lm, lm.embed(ids)[None], cache, span, 0, last)
+    _store(lm, x[0], cache, span, last)  # nobody reads the states that leave it
 
 
-def _place(lm: LayeredLM, cache: KVCache, index: int, qkv: Tensor, rope: Tensor) -> Tensor:
-    """(n, heads, D) rotated queries."""
-    g, keys = lm.geometry, cache.keys[index]
+def _store(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, index: int) -> Tensor:
+    """Put the keys and values of (N, H) states into a layer's cache. Returns their queries, (N, heads, D)."""
+    layer, g, keys = lm.layers[index], lm.geometry, cache.keys[index]
+    h = _norm(lm, x, layer.attention_norm)
+    qkv = h @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, h, layer.qkv)
     queries = torch.empty(len(qkv), g.heads, g.head_dim, dtype=qkv.dtype, device=qkv.device)
+    rows = span.rows if isinstance(span.rows, Tensor) else cache.rows if span.rows is None else cache.rows[span.rows]
+    shared, width = len(span.positions) == 1, span.positions.shape[1]
     _place_kernel[(len(qkv),)](
-        qkv, rope, queries, keys, cache.values[index], keys.shape[2],
+        qkv, torch.view_as_real(lm.rope), rows, span.positions, queries, keys, cache.values[index], keys.shape[2],
+        width, 0 if shared else width,
         HEADS=g.heads, KV_HEADS=g.kv_heads, DIM=g.head_dim, BH=triton.next_power_of_2(g.heads),
         BKV=triton.next_power_of_2(g.kv_heads), num_warps=8,
     )  # fmt: skip
     return queries
 
 
-def _attend(lm: LayeredLM, cache: KVCache, index: int, queries: Tensor) -> Tensor:
-    """(n, heads D), each position over itself and those before it."""
-    g, stop = lm.geometry, len(queries)
-    keys, values = cache.keys[index][:, :, :stop], cache.values[index][:, :, :stop]
-    out = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], keys, values, is_causal=True, enable_gqa=g.heads != g.kv_heads
-    )
-    return out[0].transpose(0, 1).reshape(stop, g.heads * g.head_dim)
+def _norm(lm: LayeredLM, x: Tensor, weight: Tensor) -> Tensor:
+    out, size = torch.empty_like(x), x.shape[-1]
+    _norm_kernel[(len(x),)](x, weight, lm.norm_eps, out, size, BLOCK=triton.next_power_of_2(size), num_warps=8)
+    return out
 
 
 def _gate(gate_up: Tensor) -> Tensor:
