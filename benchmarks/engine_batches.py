@@ -1,8 +1,8 @@
 """Tokens/s by context and batch: plain decoding, the best static LayerSkip, and LEDE with exits row by row; greedy.
 
-One sequence runs on CUDA graphs, a batch on the eager engine in lockstep. A context counts the new tokens, which come
-last. A twin's donor was trained on 2048 positions: beyond them the figures are for timing alone, and how many drafts
-are accepted there says nothing of a model trained that far. Results are written after every figure.
+One sequence runs on CUDA graphs, a batch in lockstep on fused layers, launched one by one. A context counts the new
+tokens, which come last. A twin's donor was trained on 2048 positions: beyond them the figures are for timing alone, and
+how many drafts are accepted there says nothing of a model trained that far. Results are written after every figure.
 
     python -m benchmarks.engine_batches --model llama2-7b
 """

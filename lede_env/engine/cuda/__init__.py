@@ -1,4 +1,4 @@
-"""The engine on CUDA for one sequence: Triton kernels, and segments of the model captured as CUDA graphs."""
+"""The engine on CUDA: Triton kernels, and for one sequence segments of the model captured as CUDA graphs."""
 
 from __future__ import annotations
 
