@@ -126,13 +126,15 @@ def info_differences(mine: dict[str, Any], other: dict[str, Any], within: str = 
 
 
 @torch.inference_mode()
-def near_ties(lm: LayeredLM, trace: Trace, branches: bool) -> set[str]:
-    """Prompts somewhere in whose text the two best tokens' logits lie within TIE, at a candidate layer or at full
+def near_ties(lm: LayeredLM, trace: Trace, among: set[str], branches: bool) -> set[str]:
+    """Those prompts somewhere in whose text the two best tokens' logits lie within TIE, at a candidate layer or at full
     depth; `branches`: or in what a layer would have drafted off it. Texts are computed again, in one forward each."""
     ties, layers, geometry = set(), (0, *trace.header.candidate_layers, lm.n_layers), lm.geometry
     prompts = {prompt.id: prompt.text for prompt in load_prompts("all", "all")}
     branch_gap = trace.branch_raw[:, 0] - trace.branch_raw[:, 1]  # (M,)
     for text, prompt_id in enumerate(trace.prompt_ids):
+        if prompt_id not in among:
+            continue
         rows = slice(*trace.starts[text : text + 2])
         ids = lm.encode(prompts[prompt_id])
         ids, first = ids + trace.targets[rows].tolist()[:-1], len(ids) - 1
@@ -151,16 +153,20 @@ def near_ties(lm: LayeredLM, trace: Trace, branches: bool) -> set[str]:
     return ties
 
 
+def choose(trace: Trace, args: Args) -> list[str]:
+    """Prompts of the episodes: different ones, as far as there are."""
+    return np.resize(np.random.default_rng(args.seed).permutation(list(trace.prompt_ids)), args.episodes).tolist()
+
+
 def check(mdp: str, temperature: float, form: str, args: Args, ties: set[str], tick: Any) -> dict[str, Any]:
-    """One row: `args.episodes` episodes of different prompts, as far as there are."""
+    """One row: `args.episodes` episodes."""
     lanes = args.lanes if form == "vector" else 1
     options = dict(features="extended", split="all", temperature=temperature, max_new_tokens=args.max_new_tokens)
     live = make(form, lanes, IDS[mdp], device="cpu", **options)
     replayed = make(form, lanes, IDS[mdp], backend="trace", **options)
-    names = list(lede_env.load_trace(default_trace("tiny", temperature)).prompt_ids)
     if temperature:
         draw_as_recorded(live, replayed)
-    chosen = np.resize(np.random.default_rng(args.seed).permutation(names), args.episodes).tolist()
+    chosen = choose(lede_env.load_trace(default_trace("tiny", temperature)), args)
     waves: list[Wave] = []
     for begin in range(0, args.episodes, lanes):
         wave = (chosen[begin:] + chosen)[:lanes]  # the last one filled up
@@ -192,7 +198,7 @@ def main(args: Args) -> int:
     rows = []
     with progress_bar(console) as bar:
         task = bar.add_task("comparing", total=args.episodes * len(checks))
-        ties = {mdp: near_ties(lm, greedy, mdp == "draft") for mdp in args.mdps}
+        ties = {mdp: near_ties(lm, greedy, set(choose(greedy, args)), mdp == "draft") for mdp in args.mdps}
         for mdp, temperature, form in checks:
             tied = ties[mdp] if temperature == 0.0 else set()
             rows.append(check(mdp, temperature, form, args, tied, lambda n: bar.advance(task, n)))
