@@ -133,6 +133,26 @@ def test_a_prompt_in_one_piece_leaves_the_keys_and_values_of_the_eager_engine(tm
             assert max(apart) < 1e-5
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_padding_that_overflowed_changes_no_row_before_it(dtype, garbage):
+    from lede_env.engine.cuda.attention import Attention
+
+    rows, heads, kv_heads, dim, length = 5, 4, 2, 16, 70
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, kv_heads, 100, dim, generator=generator).to("cuda", dtype)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, generator=generator).to("cuda", dtype)
+    angles = torch.rand(100, dim // 2, generator=generator)
+    rope = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).cuda()
+    attend, outs = Attention(rows, heads, kv_heads, dim, torch.device("cuda")), []
+    for _ in range(2):
+        out = torch.zeros(rows, heads * dim, dtype=dtype, device="cuda")
+        attend(qkv, keys, values, rope, out, torch.tensor([length, 0, -1, -1, 0], device="cuda"))
+        outs.append(out[:3])
+        qkv[3:] = garbage
+    assert outs[0].isfinite().all() and torch.equal(*outs)
+
+
 class Swaying(Control):
     """Opens rounds at layers 3, 2, 1, 2, 3, ...: what was launched ahead of a verdict is too deep or too shallow."""
 
