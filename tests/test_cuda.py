@@ -10,7 +10,7 @@ import torch
 import lede_env
 from lede_env.decoding.strategies import Control, Strategy
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_match
-from lede_env.engine.read_signals import SIZE, TOKEN, TOKEN_LOGIT
+from lede_env.engine.read_signals import ENTROPY, LOG_SUM, SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.session import Session
 from lede_env.tasks import load_prompts
 from tests.small_models import ARCHITECTURES, save_random_model
@@ -94,6 +94,7 @@ def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperatu
     read, slots = ReadOut(vocab, torch.device("cuda")), 3
     logits = torch.randn(slots, vocab, generator=torch.Generator().manual_seed(vocab)).mul(3)
     logits[1, vocab // 2 :] -= 200  # half of the blocks weigh nothing
+    logits[2, : vocab // 2] = -torch.inf  # nor are these numbers
     q, where = Sampling(temperature).probabilities(logits), logits.cuda()
     total = q.double().cumsum(-1) / q.double().sum(-1, keepdim=True)
     out, tokens = torch.zeros(SIZE, device="cuda"), torch.zeros(slots + 1, dtype=torch.long, device="cuda")
@@ -109,6 +110,10 @@ def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperatu
             assert token == expected or abs(float(total[slot, min(token, expected)]) - u) < 1e-5
         read(where, out, tokens, state, torch.zeros(1, dtype=torch.float64, device="cuda"), 0.0)
         assert int(tokens[slot + 1]) == int(logits[slot].argmax()) == out[TOKEN]
+        wide = logits[slot].double()
+        log_p = wide.log_softmax(-1)
+        assert float(out[LOG_SUM]) == pytest.approx(float(wide.logsumexp(-1)), abs=1e-4)
+        assert float(out[ENTROPY]) == pytest.approx(float(-(log_p.exp() * log_p).nansum()), abs=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -126,6 +131,26 @@ def test_a_prompt_in_one_piece_leaves_the_keys_and_values_of_the_eager_engine(tm
             assert session.lengths == [count]
             apart = [float((ours - its).norm() / its.norm()) for ours, its in zip(*found, strict=True)]
             assert max(apart) < 1e-5
+
+
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_padding_that_overflowed_changes_no_row_before_it(dtype, garbage):
+    from lede_env.engine.cuda.attention import Attention
+
+    rows, heads, kv_heads, dim, length = 5, 4, 2, 16, 70
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, kv_heads, 100, dim, generator=generator).to("cuda", dtype)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, generator=generator).to("cuda", dtype)
+    angles = torch.rand(100, dim // 2, generator=generator)
+    rope = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).cuda()
+    attend, outs = Attention(rows, heads, kv_heads, dim, torch.device("cuda")), []
+    for _ in range(2):
+        out = torch.zeros(rows, heads * dim, dtype=dtype, device="cuda")
+        attend(qkv, keys, values, rope, out, torch.tensor([length, 0, -1, -1, 0], device="cuda"))
+        outs.append(out[:3])
+        qkv[3:] = garbage
+    assert outs[0].isfinite().all() and torch.equal(*outs)
 
 
 class Swaying(Control):
@@ -196,6 +221,25 @@ def test_the_verdict_is_the_one_of_the_eager_engine(vocab, temperature):
         doubts = logits.double().logsumexp(-1) - logits.double().amax(-1)
         torch.testing.assert_close(verdict[2:].cpu(), doubts, atol=1e-5, rtol=1e-5)
     assert apart <= 1  # rounding may part a coin, or a number near the border of two tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("vocab", [97, 8192])
+def test_logits_that_are_no_numbers_still_give_tokens(vocab, temperature):
+    """As in float16 models that overflow: what is written next is arbitrary, but its embedding can be looked up."""
+    from lede_env.engine.cuda.readout import ReadOut
+    from lede_env.engine.cuda.verdict import Verdict
+
+    device, rows = torch.device("cuda"), 5
+    logits, state = torch.full((rows, vocab), torch.nan, device=device), torch.tensor([0, 0, -1, -1, 2], device=device)
+    slots = torch.arange(rows + 1, device=device)
+    uniforms = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
+    out, verdict = torch.zeros(SIZE, device=device), torch.zeros(2 + rows, dtype=torch.float64, device=device)
+    follows = torch.zeros(1, dtype=torch.long, device=device)
+    ReadOut(vocab, device)(logits, out, slots, state, uniforms, temperature)
+    assert 0 <= int(slots[1]) < vocab
+    Verdict(rows, vocab, device)(logits, logits, slots, uniforms, verdict, state, follows, temperature, True)
+    assert 0 <= int(slots[0]) < vocab and int(verdict[1]) == int(slots[0])
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

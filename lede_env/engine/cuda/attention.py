@@ -151,6 +151,8 @@ def _attention_kernel(
         goal = (start + j)[:, None] * DIM + d[None, :]
         tl.store(keys_ptr + goal, fresh_k, mask=new[:, None])
         tl.store(values_ptr + goal, fresh_v, mask=new[:, None])
+        # States of padding grow from round to round; in float16 they overflow, and a weight of 0 would not undo that.
+        fresh_v = tl.where(tl.abs(fresh_v) < float("inf"), fresh_v, 0.0)
         seen = (j[None, :] <= query[:, None]) & new[None, :]
         best, total, acc = _absorb(q, fresh_k, fresh_v, seen, scale, best, total, acc)
     part = part_ptr + ((head * SPLITS + split) * BR + r)[:, None] * DIM + d[None, :]

@@ -69,7 +69,7 @@ def _gate_kernel(gate_up_ptr, out_ptr, M, BLOCK: tl.constexpr):
 def run(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, first: int, last: int) -> Tensor:
     """As `LayeredLM.run`."""
     shape = x.shape
-    x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
+    x = x.reshape(-1, shape[-1]).contiguous()  # (N, H), N = R Q; one slot of each row has gaps, and kernels want none
     for index in range(first, last):
         layer, queries = lm.layers[index], _store(lm, x, cache, span, index)
         attended = cache.attended(index, span, queries.view(*shape[:2], *queries.shape[1:]))

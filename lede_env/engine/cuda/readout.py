@@ -63,12 +63,13 @@ def _blocks_kernel(
     index = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + index, mask=index < V, other=float("-inf"))
     top = tl.max(x, axis=0)
-    weight = tl.exp(x - top)
+    below = tl.where(x == float("-inf"), float("-inf"), x - top)  # a number too where the whole block is -inf
+    weight = tl.exp(below)
     tl.store(parts_ptr + block * 3, top)
     tl.store(parts_ptr + block * 3 + 1, tl.sum(weight, axis=0))
-    tl.store(parts_ptr + block * 3 + 2, tl.sum(tl.where(weight > 0, weight * (x - top), 0.0), axis=0))
+    tl.store(parts_ptr + block * 3 + 2, tl.sum(tl.where(weight > 0, weight * below, 0.0), axis=0))
     if SAMPLED:
-        tl.store(masses_ptr + block, tl.sum(tl.exp((x - top) * inverse).to(tl.float64), axis=0))
+        tl.store(masses_ptr + block, tl.sum(tl.exp(below * inverse).to(tl.float64), axis=0))
     _largest(x, index, values_ptr + block * COUNT, places_ptr + block * COUNT, COUNT)
 
 
@@ -86,15 +87,15 @@ def _join_kernel(
     sums = tl.load(parts_ptr + p * 3 + 1, mask=p < BLOCKS, other=0.0)
     moments = tl.load(parts_ptr + p * 3 + 2, mask=p < BLOCKS, other=0.0)
     top = tl.max(tops, axis=0)
-    shift = tl.where(p < BLOCKS, tops - top, 0.0)
-    weight = tl.where(p < BLOCKS, tl.exp(shift), 0.0)
+    shift = tl.where(tops == float("-inf"), 0.0, tops - top)
+    weight = tl.where(tops == float("-inf"), 0.0, tl.exp(shift))
     total = tl.sum(sums * weight, axis=0)
     mean = tl.sum((moments + sums * shift) * weight, axis=0) / total  # of l - max
     guess = tl.load(state_ptr + 2)
     c = tl.arange(0, BC)
     values = tl.load(values_ptr + c, mask=c < BLOCKS * COUNT, other=float("-inf"))
     places = tl.load(places_ptr + c, mask=c < BLOCKS * COUNT, other=2147483647)
-    token = tl.min(tl.where(values == top, places, 2147483647), axis=0)
+    token = tl.minimum(tl.min(tl.where(values == top, places, 2147483647), axis=0), V - 1)  # a token even of NaNs
     for i in tl.range(0, COUNT):
         best = tl.max(values, axis=0)
         place = tl.min(tl.where(values == best, places, 2147483647), axis=0)

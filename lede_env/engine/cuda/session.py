@@ -113,7 +113,6 @@ class GraphSession(Session):
         if self.tapped or not 0 < count <= LONGEST:
             return super().prefill(row, ids)
         self._forget(row, count)
-        self._ahead = 0
         if count <= CAPTURED:
             size = min(padded(count), self.capacity)
             prompt = self._prompt[:size]
@@ -123,6 +122,10 @@ class GraphSession(Session):
             layers.prefill(self.lm, self.cache, torch.tensor(ids, device=self.lm.device))
         self.lengths[row] = count
         return self.hidden.new_zeros(0, 0, self.hidden.shape[-1])
+
+    def _forget(self, row: int, length: int) -> None:
+        super()._forget(row, length)
+        self._ahead = 0
 
     # What the decoder asks for, in this order: `open`, then `extend`, `read` and `drawn` for each draft, `verify`.
 

@@ -87,7 +87,8 @@ def _settle_kernel(
         tl.store(plan_ptr + 5, (accepted < drafts).to(tl.float32))
     else:
         places = tl.load(places_ptr + cell, mask=there, other=2147483647)
-        targets = tl.min(tl.where(tops == tl.max(tops, axis=1)[:, None], places, 2147483647), axis=1).to(tl.int64)
+        targets = tl.min(tl.where(tops == tl.max(tops, axis=1)[:, None], places, 2147483647), axis=1)
+        targets = tl.minimum(targets, V - 1).to(tl.int64)  # a token even of NaNs: the next graph looks up its state
         token = tl.load(tokens_ptr + 1 + r, mask=made, other=-1)
         accepted = tl.min(tl.where(made & (token == targets), BR, r), axis=0)
         following = tl.sum(tl.where(r == accepted, targets, 0), axis=0)
