@@ -15,7 +15,7 @@ from lede_env.engine.row_attention import Reach, attend_rows
 class Span:
     """The rows and positions one forward covers: R rows, Q consecutive positions each."""
 
-    rows: Tensor | slice | None  # (R,) session rows; None when all of them, in order
+    rows: Tensor | slice  # of the session: (R,), or a slice of them
     positions: Tensor  # (R, Q), or (1, Q) when `whole`
     start: int  # first position, when `whole`
     stop: int  # slots [0, stop) are read
@@ -60,12 +60,12 @@ class KVCache:
             positions = self.slots[starts[0] : stop].unsqueeze(0)  # (1, Q)
             # One query reads everything before it; several need the causal triangle.
             mask = None if width == 1 else self.slots[:stop] <= positions.squeeze(0).unsqueeze(1)  # (Q, stop)
-            return Span(None if every else slice(rows[0], rows[0] + 1), positions, starts[0], stop, True, mask)
+            return Span(slice(None) if every else slice(rows[0], rows[0] + 1), positions, starts[0], stop, True, mask)
         device = self.slots.device
         positions = torch.tensor(starts, device=device).unsqueeze(1) + self.slots[:width]  # (R, Q)
         if self.by_query and width == 1:
-            return Span(None, positions, 0, stop, False, None, (rows, [start + 1 for start in starts]))
-        index = None if every else torch.tensor(rows, device=device)
+            return Span(slice(None), positions, 0, stop, False, None, (rows, [start + 1 for start in starts]))
+        index = slice(None) if every else torch.tensor(rows, device=device)
         mask = (self.slots[:stop] <= positions.unsqueeze(-1)).unsqueeze(1)  # (R, 1, Q, stop)
         return Span(index, positions, 0, stop, False, mask)
 
@@ -90,15 +90,15 @@ class KVCache:
     def _attend_together(self, layer: int, span: Span, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """One call for all rows. Returns (R, Q, heads, D)."""
         cache_k, cache_v, stop = self.keys[layer], self.values[layer], span.stop
-        read = slice(None) if span.rows is None else span.rows
         if span.whole:
-            cache_k[read, :, span.start : stop] = keys.transpose(1, 2)
-            cache_v[read, :, span.start : stop] = values.transpose(1, 2)
+            cache_k[span.rows, :, span.start : stop] = keys.transpose(1, 2)
+            cache_v[span.rows, :, span.start : stop] = values.transpose(1, 2)
         else:
-            rows = (self.rows if span.rows is None else span.rows).unsqueeze(1)
+            rows = self.rows[span.rows].unsqueeze(1)  # (R, 1)
             cache_k[rows, :, span.positions] = keys
             cache_v[rows, :, span.positions] = values
-        return self._scaled_dot_product(queries, cache_k[read, :, :stop], cache_v[read, :, :stop], span.mask)
+        keys, values = cache_k[span.rows, :, :stop], cache_v[span.rows, :, :stop]
+        return self._scaled_dot_product(queries, keys, values, span.mask)
 
     def _scaled_dot_product(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """(R, Q, heads, D) queries over (R, kv_heads, stop, D) keys and values. Returns (R, Q, heads, D)."""
