@@ -300,7 +300,7 @@ class _BranchDrafter:
                                self.candidate_layers, strict=True):  # fmt: skip
             if start + first == stop:
                 break
-            span = Span(None, positions[first:].unsqueeze(0), start + first, stop, True, mask[first:])
+            span = Span(slice(None), positions[first:].unsqueeze(0), start + first, stop, True, mask[first:])
             x = self.lm.run(x.unsqueeze(0), self.cache, span, below, layer)[0]
             self.layer_calls += len(x) * (layer - below)
             left.append(x[: last - first])

@@ -20,8 +20,13 @@ from lede_env.engine.acceptance import (
     draw,
     first_uniforms,
     greedy_match,
-    speculative_match,
+    speculative_matches,
 )
+
+
+def speculative_match(drafts, p, q, coins, after):
+    """Of one row."""
+    return speculative_matches([drafts], p, [q], [coins], [after])[0]
 
 
 def chi_square_p(observed, expected):

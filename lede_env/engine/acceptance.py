@@ -132,13 +132,6 @@ def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
     return accepted, targets[accepted]
 
 
-def speculative_match(
-    drafts: list[int], p: Tensor, q: list[Tensor], coins: list[float], after: float
-) -> tuple[int, int]:
-    """`speculative_matches` of one row."""
-    return speculative_matches([drafts], p, [q], [coins], [after])[0]
-
-
 def speculative_matches(
     drafts: Sequence[list[int]],
     p: Tensor,

@@ -15,7 +15,7 @@ from lede_env.engine.row_attention import Reach, attend_rows
 class Span:
     """The rows and positions one forward covers: R rows, Q consecutive positions each."""
 
-    rows: Tensor | slice | None  # (R,) session rows; None when all of them, in order
+    rows: Tensor | slice  # of the session: (R,), or a slice of them
     positions: Tensor  # (R, Q), or (1, Q) when `whole`
     start: int  # first position, when `whole`
     stop: int  # slots [0, stop) are read
@@ -57,18 +57,17 @@ class KVCache:
         With `by_query` and a width of 1 a row may be listed several times, a position each.
         """
         stop, every, device = max(starts) + width, len(rows) == self.batch, self.slots.device
-        index: Tensor | slice | None
         if len(rows) == 1 or (every and len(set(starts)) == 1):
             positions = self.slots[starts[0] : stop].unsqueeze(0)  # (1, Q)
-            index = None if every else slice(rows[0], rows[0] + 1)
             # One query reads everything before it; several need the causal triangle.
             causal = width > 1 and starts[0] == 0 and device.type == "cuda"
             mask = self.slots[:stop] <= positions.squeeze(0).unsqueeze(1) if width > 1 and not causal else None
-            return Span(index, positions, starts[0], stop, True, mask, causal)
+            own = slice(None) if every else slice(rows[0], rows[0] + 1)
+            return Span(own, positions, starts[0], stop, True, mask, causal)
         positions = torch.tensor(starts, device=device).unsqueeze(1) + self.slots[:width]  # (R, Q)
         if self.by_query and width == 1:
-            return Span(None, positions, 0, stop, False, None, queries=(rows, [start + 1 for start in starts]))
-        index = None if every else torch.tensor(rows, device=device)
+            return Span(slice(None), positions, 0, stop, False, None, queries=(rows, [start + 1 for start in starts]))
+        index = slice(None) if every else torch.tensor(rows, device=device)
         mask = (self.slots[:stop] <= positions.unsqueeze(-1)).unsqueeze(1)  # (R, 1, Q, stop)
         return Span(index, positions, 0, stop, False, mask)
 
@@ -93,20 +92,18 @@ class KVCache:
     def _attend_together(self, layer: int, span: Span, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """One call for all rows. Returns (R, Q, heads, D)."""
         cache_k, cache_v, stop = self.keys[layer], self.values[layer], span.stop
-        rows = self.rows if span.rows is None else span.rows
-        if isinstance(rows, Tensor) and not span.whole:
-            cache_k[rows.unsqueeze(1), :, span.positions] = keys
-            cache_v[rows.unsqueeze(1), :, span.positions] = values
+        if span.whole:
+            cache_k[span.rows, :, span.start : stop] = keys.transpose(1, 2)
+            cache_v[span.rows, :, span.start : stop] = values.transpose(1, 2)
         else:
-            read = slice(None) if span.rows is None else span.rows
-            cache_k[read, :, span.start : stop] = keys.transpose(1, 2)
-            cache_v[read, :, span.start : stop] = values.transpose(1, 2)
+            rows = self.rows[span.rows].unsqueeze(1)  # (R, 1)
+            cache_k[rows, :, span.positions] = keys
+            cache_v[rows, :, span.positions] = values
         return self.attended(layer, span, queries)
 
     def attended(self, layer: int, span: Span, queries: Tensor) -> Tensor:
         """(R, Q, heads, D) queries over what is stored of all that the span may read. Returns (R, Q, heads, D)."""
-        read = slice(None) if span.rows is None else span.rows
-        keys, values = (each[layer][read, :, : span.stop] for each in (self.keys, self.values))
+        keys, values = (each[layer][span.rows, :, : span.stop] for each in (self.keys, self.values))
         out = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys,

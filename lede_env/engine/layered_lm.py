@@ -129,9 +129,12 @@ class LayeredLM:
         turned = rotate(qkv[:, :, : heads + kv_heads], turn)
         return cache.attend(index, span, turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
-        logits = rms_norm(x, self.final_norm, self.norm_eps) @ self.head
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits.
+
+        `out`: (N, V) of the model's dtype to write the product into; fresh memory takes its time.
+        """
+        logits = torch.mm(rms_norm(x, self.final_norm, self.norm_eps), self.head, out=out)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def encode(self, prompt: str | list[dict[str, str]] | list[int]) -> list[int]:

@@ -157,9 +157,8 @@ class Session:
         starts = [self.lengths[row] + tail for row, tail in zip(rows, tails, strict=True)]
         span = self.cache.span(rows, starts, width)
         if len(set(tails)) == 1:
-            who = slice(None) if len(rows) == self.batch else rows
-            window = slice(tails[0], tails[0] + width)
-            self.hidden[who, window] = self.lm.run(self.hidden[who, window], self.cache, span, first, last)
+            window = (slice(None) if len(rows) == self.batch else rows, slice(tails[0], tails[0] + width))
+            self.hidden[window] = self.lm.run(self.hidden[window], self.cache, span, first, last)
             return
         device = self.lm.device
         index = torch.tensor(rows, device=device).unsqueeze(1)  # (R, 1)

@@ -62,6 +62,7 @@ class SpeculativeExitEnv(gym.Env[np.ndarray, np.int64]):
     after that, and its draws, are a hash of (key, n). `reset(options={"prompt_id": "code/0001"})` chooses the prompt
     instead. `info["prompt_id"]` names it; `prompt_ids` lists them all.
     A prompt too long for the model's context is cut, as `lede_env.tasks.fit_prompt` says.
+    On a CPU the live model keeps what it computed of the prompts it has read, up to 1 GiB in all, and reads none twice.
 
     ## Episode End
     Termination: the full-depth token of the exit was an end-of-sequence token. Truncation: `max_new_tokens` tokens

@@ -91,7 +91,7 @@ def _store(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, index: int) -> 
     h = _norm(lm, x, layer.attention_norm)
     qkv = h @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, h, layer.qkv)
     queries = torch.empty(len(qkv), g.heads, g.head_dim, dtype=qkv.dtype, device=qkv.device)
-    rows = span.rows if isinstance(span.rows, Tensor) else cache.rows if span.rows is None else cache.rows[span.rows]
+    rows = cache.rows[span.rows]  # (R,)
     shared, width = len(span.positions) == 1, span.positions.shape[1]
     _place_kernel[(len(qkv),)](
         qkv, torch.view_as_real(lm.rope), rows, span.positions, queries, keys, cache.values[index], keys.shape[2],

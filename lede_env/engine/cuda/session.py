@@ -270,7 +270,7 @@ class GraphSession(Session):
         self._out[TOKEN_LOGIT : TOKEN_LOGIT + 1] = logits[0].gather(0, token)
 
     def _verify(self, rows: int, sampling: Sampling, doubts: bool) -> None:
-        """As `greedy_match` and `speculative_match` settle a round, without asking the host."""
+        """As `greedy_match` and `speculative_matches` settle a round, without asking the host."""
         self._head(self._logits, rows)
         logits, drafts, state = self._logits[:rows], self._draft_logits, self._state
         if sampling.filters:
