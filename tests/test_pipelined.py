@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from random import Random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lede_env
-from lede_env.decoding.strategies import STRATEGIES
+from lede_env.decoding.strategies import STRATEGIES, Control, Strategy
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.tasks import load_prompts
 from tests.stepwise import Stepwise
@@ -41,3 +46,60 @@ def test_pipelined_rounds_are_the_eager_ones(tiny, monkeypatch, name, temperatur
         assert any(session.opened_ahead for session in sessions) == (name != "del")
     if name in ("lite", "lede"):  # walks that were guessed wrongly
         assert any(session.withdrawn for session in sessions)
+
+
+class Whim(Control):
+    """Paths, exits and draft lengths by chance, the same whenever the same is asked."""
+
+    def __init__(self, seed: int, cap: int):
+        self.seed, self.cap, self.rounds = seed, cap, 0
+
+    def chance(self, *asked) -> Random:
+        return Random(str((self.seed, self.rounds, asked)))
+
+    def path(self, round_):
+        chance = self.chance("path", round_.exits)
+        return tuple(sorted(chance.sample(range(1, 6), chance.choice([1, 1, 2, 3, 5]))))
+
+    def leave(self, signals, round_):
+        return self.chance("leave", round_.exits, round_.checks).random() < 0.5
+
+    def keep_drafting(self, signals, round_):
+        return self.chance("keep", round_.drafts).random() < 0.75
+
+    def learn(self, round_):
+        self.rounds += 1
+
+
+class Whims(Strategy):
+    name = "whims"
+
+    def __init__(self, seed: int, cap: int, reads: tuple[str, ...]):
+        self.seed, self.cap, self.reads = seed, cap, reads
+
+    def start(self, lm, seed):
+        return Whim(self.seed, self.cap)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    cap=st.sampled_from([1, 4, 12]),
+    reads=st.sampled_from([(), ("trace", "doubt", "peril")]),
+    budget=st.sampled_from([*range(1, 7), 24]),
+    temperature=st.sampled_from([0.0, 0.7]),
+    ends=st.booleans(),
+    stop=st.sampled_from([(), ("\n",), ("self", " = ")]),
+)
+def test_whatever_the_strategy_does_pipelined_rounds_are_the_eager_ones(
+    tiny, seed, cap, reads, budget, temperature, ends, stop
+):
+    eos = tuple(Random(seed).sample(range(tiny.geometry.vocab), 400)) if ends else tiny.eos_ids
+    lm, prompt = replace(tiny, eos_ids=eos), Random(seed).choice(load_prompts("all", "test")).text
+    strategy = Whims(seed, cap, reads)
+    options = dict(max_new_tokens=budget, temperature=temperature, seed=seed, stop=stop)
+    expected = lede_env.generate(lm, prompt, strategy=strategy, **options)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        on_stepwise_sessions(monkeypatch)
+        ours = lede_env.generate(lm, prompt, strategy=strategy, **options)
+    assert (ours.rounds, ours.finish_reason, ours.text) == (expected.rounds, expected.finish_reason, expected.text)
