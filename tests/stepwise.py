@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lede_env.engine.acceptance import draw_rows, greedy_match, speculative_match
+from lede_env.engine.acceptance import draw_rows, greedy_match, speculative_matches
 from lede_env.engine.read_signals import ENTROPY, GUESS, LOG_SUM, SIZE, TOKEN, TOKEN_LOGIT, TOP
 from lede_env.engine.session import Session
 
@@ -65,7 +65,8 @@ class Stepwise(Session):
         else:
             q = [sampling.probabilities(own[None])[0] for own in self._logits[: len(drafts)]]
             *coins, after = uniforms
-            accepted, token = speculative_match(drafts, sampling.probabilities(logits), q, coins, after)
+            p = sampling.probabilities(logits)
+            ((accepted, token),) = speculative_matches([drafts], p, [q], [coins], [after])
         beliefs = (logits.logsumexp(-1) - logits.amax(-1)).tolist() if doubts else []
         self._verdicts = [*self._verdicts[-1:], (accepted, token, beliefs)]
 

@@ -9,7 +9,7 @@ import torch
 
 import lede_env
 from lede_env.decoding.strategies import Control, Strategy
-from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_match
+from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
 from lede_env.engine.read_signals import ENTROPY, LOG_SUM, SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.session import Session
 from lede_env.tasks import load_prompts
@@ -209,7 +209,7 @@ def test_the_verdict_is_the_one_of_the_eager_engine(vocab, temperature):
         else:
             p, q = sampling.probabilities(logits[: made + 1]), sampling.probabilities(drafts[:made])
             tokens = draw_rows(q, [draws.next() for _ in range(made)]) if made else []
-            expected = speculative_match(tokens, p, list(q), coins, after)
+            (expected,) = speculative_matches([tokens], p, [list(q)], [coins], [after])
         state = torch.tensor([trial, 0, -1, -1, made], device="cuda")
         slots = torch.tensor([0, *tokens, *[5] * (rows - made)], device="cuda")
         uniforms = torch.tensor([*coins, after, *[0.5] * (rows - made)], dtype=torch.float64, device="cuda")
