@@ -37,7 +37,7 @@ def test_greedy_equals_transformers_on_cuda(tmp_path, architecture):
 
 def eager(monkeypatch) -> None:
     """From here on sessions of one row run eagerly, as those of batches do."""
-    monkeypatch.setattr("lede_env.engine.layered_lm.has_graphs", lambda lm: False)
+    monkeypatch.setattr("lede_env.engine.layered_lm.kernels_fit", lambda lm: False)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

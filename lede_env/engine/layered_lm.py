@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lede_env.arguments import check_text, whole_number
-from lede_env.engine.cuda import has_graphs
+from lede_env.engine.cuda import kernels_fit
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 
@@ -84,7 +84,7 @@ class LayeredLM:
     @property
     def has_kernels(self) -> bool:
         """Whether it runs on CUDA with Triton kernels; warns, once, where it is on CUDA and cannot."""
-        return self.device.type == "cuda" and has_graphs(self)
+        return self.device.type == "cuda" and kernels_fit(self)
 
     def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1, taps: Sequence[int] = ()) -> Session:
         """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round.

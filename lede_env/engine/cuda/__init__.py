@@ -6,16 +6,18 @@ import importlib.util
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
+_WARNED: WeakSet[LayeredLM] = WeakSet()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def has_graphs(lm: LayeredLM) -> bool:
+def kernels_fit(lm: LayeredLM) -> bool:
     """Whether the kernels can run this model; warns, once, where they cannot and it runs eagerly, several times slower.
 
     Head sizes must be a power of two of at least 16.
@@ -29,6 +31,9 @@ def has_graphs(lm: LayeredLM) -> bool:
         reason = f"its heads have {dim} channels, which is no power of two from 16 on"
     else:
         return True
+    if lm in _WARNED:
+        return False
+    _WARNED.add(lm)
     warnings.warn(f"model {lm.name!r} runs eagerly on CUDA, several times slower: {reason}", stacklevel=3)
     return False
 
