@@ -444,28 +444,6 @@ def test_vector_equals_singles(early_eos, mode, num_envs, episode, temperature):
     assert ends.all() or num_envs == 1  # both ways of ending came up
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_lanes_go_on_with_their_next_texts_before_they_are_asked(early_eos, temperature):
-    """A lane that always exits drives the forward; the others' texts are complete long before they are played."""
-    envs = make_vec(3, temperature=temperature)
-    alone = make_vec(3, temperature=temperature, autoreset_mode=AutoresetMode.DISABLED)  # nothing is expected there
-    table, began, rng = envs.unwrapped._table, 0, np.random.default_rng(0)
-    for seed in (5, [9, 8, 7], 5):  # resets that nobody could foresee, in the middle of texts
-        ours, theirs = envs.reset(seed=seed), alone.reset(seed=seed)
-        for _ in range(60):
-            np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)
-            actions = np.array([1, *rng.integers(2, size=2)])
-            ours, theirs = envs.step(actions), alone.step(actions)
-            for key in ("draft_token", "target_token", "accepted", "forced"):
-                np.testing.assert_array_equal(ours[-1][key], theirs[-1][key], key)
-            over = theirs[2] | theirs[3]
-            began += int((table.base != np.arange(3) * table.positions).sum())
-            if over.any():
-                again = alone.reset(options={"reset_mask": over})
-                theirs = (np.where(over[:, None], again[0], theirs[0]), *theirs[1:])
-    assert began
-
-
 def test_action_keys_survive_the_reset_of_the_same_step():
     envs = make_vec(2, max_new_tokens=1)
     envs.reset(seed=0)

@@ -6,7 +6,7 @@ candidate layer's signals at once, with one pass of the LM head over all of them
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +35,6 @@ class LiveBackend:
     Position t of a lane is row `base[lane] + t` of the tables, computed when first needed, for all lanes at once:
     a lane that is behind finds its next tokens ready. T + 1 positions a lane, so that a truncated episode has a
     next observation.
-
-    A lane whose text is complete before it is played to its end would leave its place in the forward empty. Where the
-    next text is known (`expect`), it goes on with that, in tables of its own.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class LiveBackend:
         self.session = lm.session(lanes, longest + self.positions, width=1)
         self._memory = memory_of(lm)
         self.base = np.arange(lanes) * self.positions
-        size, n = 2 * lanes * self.positions, len(candidate_layers)  # of the texts played, and of the next ones
+        size, n = lanes * self.positions, len(candidate_layers)
         self.observations = np.zeros((size, n, len(features)), np.float32)
         self.accepted = np.zeros((size, n), bool)
         self.drafts = np.zeros((size, n), np.int64)
@@ -72,10 +69,7 @@ class LiveBackend:
         self.ends = np.zeros(size, bool)  # the target is an EOS
         self.numbers = np.zeros((size, n), np.int16)  # see `number_cells`
         self._logits = torch.empty((n + 1) * lanes, lm.geometry.vocab, dtype=lm.dtype, device=lm.device)
-        self.known = np.zeros(lanes, np.int64)  # positions computed so far of the text played, a lane
-        self._made = np.zeros(lanes, np.int64)  # likewise of the text computed: that one, or `_ahead` the next
-        self._ahead = np.zeros(lanes, bool)
-        self._next: list[tuple[int, int] | None] = [None] * lanes  # prompt and seed, where they are known
+        self.known = np.zeros(lanes, np.int64)  # positions computed so far, a lane
         self._pending = [0] * lanes
         self._done = [True] * lanes
         self._draws = [Draws(0)] * lanes
@@ -85,27 +79,10 @@ class LiveBackend:
 
     def start(self, lane: int, prompt: int, seed: int) -> None:
         """Begin the continuation of a prompt on a lane; `seed` keys its draws."""
-        if self._ahead[lane] and self._next[lane] == (prompt, seed):
-            self.base[lane] = self._computed(lane)
-        else:
-            self._compute(lane, prompt, seed)
-        self._ahead[lane], self.known[lane], self._next[lane] = False, self._made[lane], None
-
-    def expect(self, lanes: np.ndarray, prompts: np.ndarray, seeds: np.ndarray) -> None:
-        """What (n,) lanes will most likely be started with next. Another start costs what was computed for this one."""
-        for lane, prompt, seed in zip(lanes.tolist(), prompts.tolist(), seeds.tolist(), strict=True):
-            self._next[lane] = prompt, seed
-
-    def _computed(self, lanes: Any) -> Any:
-        """`base` of the text that is being computed."""
-        half = len(self.targets) // 2
-        return (self.base[lanes] + half * self._ahead[lanes]) % (2 * half)
-
-    def _compute(self, lane: int, prompt: int, seed: int) -> None:
         ids = self.tokens[prompt]
         with torch.inference_mode():
             self._memory.prefill(self.session, lane, ids[:-1])
-        self._pending[lane], self._done[lane], self._made[lane] = ids[-1], False, 0
+        self._pending[lane], self._done[lane], self.known[lane] = ids[-1], False, 0
         self._draws[lane], self._trace[lane] = Draws(seed), TraceWindow()
         self._lookup[lane] = Lookup(ids) if self.looks_up else None
 
@@ -121,7 +98,7 @@ class LiveBackend:
             LedeError: the lane was never started, or its text ends before this position.
         """
         while self.known[lane] <= position:
-            if self._done[lane] or self._ahead[lane]:
+            if self._done[lane]:
                 raise LedeError(
                     f"lane {lane} has no position {position}: its text ends after {self.known[lane]} positions "
                     "(at an EOS, or at max_new_tokens + 1; none before start()); read no further, or start it again"
@@ -131,10 +108,6 @@ class LiveBackend:
     @torch.inference_mode()
     def _forward(self) -> None:
         """The next position of every lane that has one: one forward for all, and one pass of the head."""
-        for lane, text in enumerate(self._next):
-            if self._done[lane] and text is not None and not self._ahead[lane]:
-                self._compute(lane, *text)
-                self._ahead[lane] = True
         session, states = self.session, []
         lanes = [lane for lane, done in enumerate(self._done) if not done]
         session.feed(lanes, [self._pending[lane] for lane in lanes])
@@ -148,8 +121,7 @@ class LiveBackend:
 
     def _store(self, lanes: np.ndarray, logits: torch.Tensor) -> Signals:
         """Write the next position of (n,) lanes, given the (C + 1, n, V) logits of the candidates and full depth."""
-        made = self._made[lanes]
-        rows, signals = self._computed(lanes) + made, self._signals(lanes.tolist(), logits)
+        rows, signals = self.base[lanes] + self.known[lanes], self._signals(lanes.tolist(), logits)
         self.observations[rows] = compute_features(
             self.features,
             signals.raw,
@@ -161,16 +133,15 @@ class LiveBackend:
         accepted = self.drafts[rows] == self.targets[rows, None]  # (n, C)
         ends = np.isin(self.targets[rows], self.lm.eos_ids)
         self.accepted[rows], self.ends[rows] = accepted, ends
-        self.numbers[rows] = number_cells(accepted, ends, made == self.positions - 2)
-        self._made[lanes] += 1
-        self.known[lanes] = np.where(self._ahead[lanes], self.known[lanes], self._made[lanes])
+        self.numbers[rows] = number_cells(accepted, ends, self.known[lanes] == self.positions - 2)
+        self.known[lanes] += 1
         for lane, target, surprise, end in zip(
             lanes.tolist(), self.targets[rows].tolist(), signals.neg_log_p_max.tolist(), ends.tolist(), strict=True
         ):
             self._trace[lane].push(surprise)
             if (lookup := self._lookup[lane]) is not None:
                 lookup.extend([target])
-            self._pending[lane], self._done[lane] = target, end or bool(self._made[lane] == self.positions)
+            self._pending[lane], self._done[lane] = target, end or bool(self.known[lane] == self.positions)
         return signals
 
     def _signals(self, lanes: list[int], logits: torch.Tensor) -> Signals:

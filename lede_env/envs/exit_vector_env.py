@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from lede_env.envs.backends import LiveBackend
 from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.exit_mdp import make_exit_mdp
 from lede_env.envs.exit_outcomes import EXITING, Outcomes
-from lede_env.envs.texts import draw_texts
 from lede_env.envs.vector_env import ALL, Played, TextVectorEnv, check_num_envs, masked, select
 
 
@@ -46,8 +44,6 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         mdp = make_exit_mdp(ExitConfig.parse(kwargs), lanes=num_envs)
         super().__init__(mdp, num_envs, autoreset_mode, in_parts=mdp.token_episodes)
         self._lanes = np.arange(num_envs)
-        # What a reset will play is known, unless the user chooses.
-        self._expects = isinstance(self._table, LiveBackend) and self.autoreset_mode is not AutoresetMode.DISABLED
         self._outcomes = Outcomes.of(mdp.candidate_layers, mdp.reward, mdp.step_cost)
         # Infos hold these two, so they are replaced, not written.
         self._token = np.zeros(num_envs, np.int64)
@@ -59,9 +55,6 @@ class SpeculativeExitVectorEnv(TextVectorEnv):
         self._token[lanes[new]] = 0
         self._layer[lanes] = self._layers[0]
         self._cell[lanes] = (self._table.base[lanes] + self._token[lanes]) * len(self._layers)
-        if self._expects:
-            fresh = lanes[new]
-            self._table.expect(fresh, *draw_texts(len(self.prompt_ids), self._keys[fresh], self._texts[fresh]))
 
     def _play(self, exits: np.ndarray, awake: np.ndarray) -> Played:
         table, outcomes, cell = self._table, self._outcomes, self._cell
