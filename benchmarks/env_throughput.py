@@ -28,7 +28,7 @@ from rich.console import Console
 from benchmarks.harness import RESULTS, machine, print_table, write_results
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
-from lede_env.envs.prompt_memory import PromptMemory, memory_of
+from lede_env.envs.prompt_memory import memory_of
 from lede_env.models.loading import load_model
 
 IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
@@ -115,12 +115,11 @@ def contenders(args: Args) -> list[Contender]:
     return found
 
 
-def play_prompts(device: str) -> PromptMemory:
-    """Begin a text of every prompt that the live environments play. Returns the memory of their model."""
-    env = gym.make(IDS["exit"], disable_env_checker=True, device=device)
+def play_prompts() -> None:
+    """Begin a text of every prompt that the live environments play."""
+    env = gym.make(IDS["exit"], disable_env_checker=True, device="cpu")
     for prompt_id in env.unwrapped.prompt_ids:
         env.reset(options={"prompt_id": prompt_id})
-    return memory_of(load_model("tiny", device=device))
 
 
 def time_in_turn(found: list[Contender], repeats: int, console: Console) -> list[list[float]]:
@@ -197,7 +196,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main(args: Args) -> None:
     console = Console()
     found = contenders(args)
-    memory = play_prompts(args.device)
+    memory = memory_of(load_model("tiny", device=args.device))
+    if args.device == "cpu":  # on a GPU none are kept
+        play_prompts()
     memory.hits = memory.misses = 0
     rates = time_in_turn(found, args.repeats, console)
     rows = [row_of(contender, own) for contender, own in zip(found, rates, strict=True)]

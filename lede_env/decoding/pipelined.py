@@ -80,30 +80,26 @@ def _draft(
     context = row.context()
     guess, _ = context[1]
     uniform = None if sampling.greedy else row.draws.next()  # of the layer it leaves at, whichever that is
-    ahead, expected = path, _expected(row)
+    expected = _expected(row)
     for step, layer in enumerate(path):
         last = step + 1 == len(path)
         session.read(guess, uniform, sampling)
         lap("heads")
-        launched = last or (layer == expected and _reaches(row, layer))
+        ahead = row.control.path(replace(row.round, exits=[*row.round.exits, layer]))  # if the draft leaves here
+        # A next draft that begins deeper would move this one's slot along: not on a guess.
+        launched = last or (layer == expected and ahead[0] <= layer)
         if launched:
-            ahead = _extend(session, row, layer)
+            session.extend(ahead[0])
             lap("drafting layers")
         values = session.drawn()
         place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
         signals = ReadSignals(*place, *context, sampling.temperature, values=values)
         lap("signals")
-        if last:
-            break
-        if launched:
-            row.round.exits.pop()  # not yet
-        leaves = row.control.leave(signals, row.round)
+        leaves = last or row.control.leave(signals, row.round)
         lap("policy")
         if leaves:
-            if launched:
-                row.round.exits.append(layer)
-            else:
-                ahead = _extend(session, row, layer)
+            if not launched:
+                session.extend(ahead[0])
                 lap("drafting layers")
             break
         if launched:
@@ -111,6 +107,7 @@ def _draft(
         row.round.checks += 1
         session.advance([0], [path[step + 1]])
         lap("drafting layers")
+    row.round.exits.append(layer)
     row.round.drafts.append(int(values[TOKEN]))
     if not sampling.greedy:
         row.coins.append(row.draws.next())
@@ -124,16 +121,3 @@ def _expected(row: Row) -> int:
     """The layer that the last draft left at, 0 before there is any: where the next one may well leave too."""
     earlier = row.round.exits or (row.rounds[-1].exits if row.rounds else [])
     return earlier[-1] if earlier else 0
-
-
-def _reaches(row: Row, layer: int) -> bool:
-    """Whether after an exit at `layer` the next draft begins no deeper, so that it moves no other slot."""
-    return row.control.path(replace(row.round, exits=[*row.round.exits, layer]))[0] <= layer
-
-
-def _extend(session: GraphSession, row: Row, layer: int) -> tuple[int, ...]:
-    """Book the exit; launch what the token just drawn needs in any case, the layers up to its first exit."""
-    row.round.exits.append(layer)
-    path = row.control.path(row.round)
-    session.extend(path[0])
-    return path

@@ -197,15 +197,7 @@ class Attention:
         self.stats = torch.empty(*shape, 2, device=device)
         self.arrived = torch.zeros(heads, dtype=torch.int32, device=device)
 
-    def __call__(
-        self,
-        qkv: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        rope: Tensor,
-        out: Tensor,
-        state: Tensor,
-    ) -> None:
+    def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, rope: Tensor, out: Tensor, state: Tensor) -> None:
         """Store the new keys and values, attend, and write (rows, heads D) to `out`.
 
         Args:

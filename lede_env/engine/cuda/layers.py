@@ -70,8 +70,9 @@ def run(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, first: int, last: 
     """As `LayeredLM.run`."""
     shape = x.shape
     x = x.reshape(-1, shape[-1]).contiguous()  # (N, H), N = R Q; one slot of each row has gaps, and kernels want none
+    rows = cache.rows[span.rows]  # (R,)
     for index in range(first, last):
-        layer, queries = lm.layers[index], _store(lm, x, cache, span, index)
+        layer, queries = lm.layers[index], _store(lm, x, cache, span, rows, index)
         attended = cache.attended(index, span, queries.view(*shape[:2], *queries.shape[1:]))
         x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
         x = torch.addmm(x, _gate(_norm(lm, x, layer.mlp_norm) @ layer.gate_up), layer.down)
@@ -82,16 +83,16 @@ def prefill(lm: LayeredLM, cache: KVCache, ids: Tensor) -> None:
     """Keys and values of (n,) tokens, at positions 0 .. n - 1 of the one row of the cache, and nothing else."""
     span, last = cache.span([0], [0], len(ids)), lm.n_layers - 1
     x = run(lm, lm.embed(ids)[None], cache, span, 0, last)
-    _store(lm, x[0], cache, span, last)  # nobody reads the states that leave it
+    _store(lm, x[0], cache, span, cache.rows, last)  # nobody reads the states that leave it
 
 
-def _store(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, index: int) -> Tensor:
-    """Put the keys and values of (N, H) states into a layer's cache. Returns their queries, (N, heads, D)."""
+def _store(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, rows: Tensor, index: int) -> Tensor:
+    """Put the keys and values of (N, H) states into a layer's cache, at the span's positions of (R,) rows. Returns
+    their queries, (N, heads, D)."""
     layer, g, keys = lm.layers[index], lm.geometry, cache.keys[index]
     h = _norm(lm, x, layer.attention_norm)
     qkv = h @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, h, layer.qkv)
     queries = torch.empty(len(qkv), g.heads, g.head_dim, dtype=qkv.dtype, device=qkv.device)
-    rows = cache.rows[span.rows]  # (R,)
     shared, width = len(span.positions) == 1, span.positions.shape[1]
     _place_kernel[(len(qkv),)](
         qkv, torch.view_as_real(lm.rope), rows, span.positions, queries, keys, cache.values[index], keys.shape[2],

@@ -74,16 +74,8 @@ class Mailbox:
     def fetch(self) -> None:
         """The first kernel of every graph."""
         size = len(self.state)
-        _fetch_kernel[(1,)](
-            self._ring,
-            self.turn,
-            self.follows,
-            self.state,
-            size,
-            RING=RING,
-            BLOCK=triton.next_power_of_2(size),
-            num_warps=1,
-        )
+        rings = (self._ring, self.turn, self.follows, self.state)
+        _fetch_kernel[(1,)](*rings, size, RING=RING, BLOCK=triton.next_power_of_2(size), num_warps=1)
 
     def answers(self, size: int, dtype: torch.dtype) -> Tensor:
         """A ring for answers, (RING, size) in pinned memory."""
