@@ -25,7 +25,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.harness import RESULTS, machine, print_table, write_results
+from benchmarks.harness import RESULTS, freeze_objects, machine, print_table, write_results
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.envs.prompt_memory import memory_of
@@ -129,6 +129,7 @@ def time_in_turn(found: list[Contender], repeats: int, console: Console) -> list
         task = bar.add_task("timing", total=(repeats + 1) * len(found))
         players = [contender.player() for contender in found]
         for repeat in range(repeats + 1):
+            freeze_objects()
             for contender, player, own in zip(found, players, rates, strict=True):
                 begin = time.perf_counter()
                 player()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lede_env.engine.acceptance import Draws, Sampling, best_tokens, draw, greedy_match, speculative_matches
+from lede_env.engine.acceptance import Draws, Sampling, best_tokens, draw_rows, greedy_match, speculative_matches
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Round
@@ -119,9 +119,7 @@ class DraftLiveBackend:
     @torch.inference_mode()
     def keep(self, who: np.ndarray) -> None:
         """Draw the draft in view of the lanes of a mask, and say what may follow it."""
-        for row in np.flatnonzero(who).tolist():
-            if not self._lanes[row].kept:
-                self._draw(row)
+        self._draw([row for row in np.flatnonzero(who).tolist() if not self._lanes[row].kept])
 
     @torch.inference_mode()
     def move(self, walking: np.ndarray, drafting: np.ndarray) -> None:
@@ -225,21 +223,35 @@ class DraftLiveBackend:
         for lane, signals in zip(lanes, raw, strict=True):
             lane.surprise.append(-float(signals[0]))
             lane.margin = float(signals[0] - signals[1])
-        for row, lane in zip(rows, lanes, strict=True):
-            if lane.candidate == len(self.candidate_layers) - 1 or lane.round.drafts:  # no way but to keep it
-                self._draw(row)
+        last = len(self.candidate_layers) - 1
+        # No way but to keep these.
+        self._draw([row for row, lane in zip(rows, lanes, strict=True) if lane.candidate == last or lane.round.drafts])
 
-    def _draw(self, row: int) -> None:
-        """Draw the draft in view of a lane, and say what may follow it."""
-        lane = self._lanes[row]
-        token = lane.best
-        if not self.sampling.greedy:
-            lane.q.append(self.sampling.probabilities(lane.logits.unsqueeze(0))[0])
-            token = draw(lane.q[-1], lane.draws.next())
+    def _draw(self, rows: list[int]) -> None:
+        """Draw the drafts in view of lanes."""
+        if not rows:
+            return
+        lanes = [self._lanes[row] for row in rows]
+        if self.sampling.greedy:
+            for row, lane in zip(rows, lanes, strict=True):
+                self._keep(row, lane.best, 0.0)
+            return
+        logits = torch.stack([lane.logits for lane in lanes])  # (R, V)
+        q = self.sampling.probabilities(logits)
+        tokens = draw_rows(q, [lane.draws.next() for lane in lanes])
+        for lane, own in zip(lanes, q, strict=True):
+            lane.q.append(own)
             lane.coins.append(lane.draws.next())
+        pairs = torch.tensor([[lane.best, token] for lane, token in zip(lanes, tokens, strict=True)])
+        heights = logits.gather(-1, pairs.to(logits.device)).tolist()
+        for row, token, (best, own) in zip(rows, tokens, heights, strict=True):
+            self._keep(row, token, best - own)
+
+    def _keep(self, row: int, token: int, shortfall: float) -> None:
+        """Make the token a lane's next draft, so far below the best one, and say what may follow it."""
+        lane = self._lanes[row]
         self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
-        best, own = lane.logits[[lane.best, token]].tolist()
-        shortfall = min(best - own, -LOG_FLOOR)
+        shortfall = min(shortfall, -LOG_FLOOR)
         doubt = draft_doubt(lane.margin, shortfall)
         lane.peril = max(lane.peril, draft_peril(doubt, lane.coins[-1] if lane.coins else 1.0))
         if lane.round.drafts:  # in phase 2, where the decision comes after the draw
