@@ -104,12 +104,11 @@ class KVCache:
     def attended(self, layer: int, span: Span, queries: Tensor) -> Tensor:
         """(R, Q, heads, D) queries over what is stored of all that the span may read. Returns (R, Q, heads, D)."""
         keys, values = (each[layer][span.rows, :, : span.stop] for each in (self.keys, self.values))
-        out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys,
-            values,
-            attn_mask=span.mask,
-            is_causal=span.causal,
-            enable_gqa=queries.shape[2] != keys.shape[1],
-        )
-        return out.transpose(1, 2)
+        q, mask = queries.transpose(1, 2), span.mask  # (R, heads, Q, D)
+        group = queries.shape[2] // keys.shape[1]
+        if mask is not None and group > 1:  # PyTorch's kernels for masks know no groups: their heads become queries
+            q = q.reshape(*keys.shape[:2], group * q.shape[2], q.shape[3])
+            mask = torch.cat([mask] * group, dim=-2)
+        gqa = q.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=span.causal, enable_gqa=gqa)
+        return out.reshape(queries.transpose(1, 2).shape).transpose(1, 2)

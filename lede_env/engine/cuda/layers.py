@@ -12,12 +12,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from lede_env.engine.kv_cache import KVCache, Span
     from lede_env.engine.layered_lm import LayeredLM
 
 BLOCK = 1024  # channels of the MLP a program takes
+# Not cuDNN's attention: it plans anew, for 9 ms, at every shape, and with a text its shapes grow.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @triton.jit
@@ -71,11 +74,12 @@ def run(lm: LayeredLM, x: Tensor, cache: KVCache, span: Span, first: int, last: 
     shape = x.shape
     x = x.reshape(-1, shape[-1]).contiguous()  # (N, H), N = R Q; one slot of each row has gaps, and kernels want none
     rows = cache.rows[span.rows]  # (R,)
-    for index in range(first, last):
-        layer, queries = lm.layers[index], _store(lm, x, cache, span, rows, index)
-        attended = cache.attended(index, span, queries.view(*shape[:2], *queries.shape[1:]))
-        x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
-        x = torch.addmm(x, _gate(_norm(lm, x, layer.mlp_norm) @ layer.gate_up), layer.down)
+    with sdpa_kernel(ATTENTION):
+        for index in range(first, last):
+            layer, queries = lm.layers[index], _store(lm, x, cache, span, rows, index)
+            attended = cache.attended(index, span, queries.view(*shape[:2], *queries.shape[1:]))
+            x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
+            x = torch.addmm(x, _gate(_norm(lm, x, layer.mlp_norm) @ layer.gate_up), layer.down)
     return x.view(shape)
 
 
