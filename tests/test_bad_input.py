@@ -109,7 +109,7 @@ def test_unknown_device(device):
         load_model("tiny", device=device)
 
 
-@pytest.mark.parametrize("dtype", ["float8", "fp32", torch.int8])
+@pytest.mark.parametrize("dtype", ["float8", "fp32", torch.int8, ["float32"]])
 def test_unknown_dtype(dtype):
     with refuses(f"dtype={dtype!r} is unknown", "float32, bfloat16, float16, float64"):
         load_model("tiny", dtype=dtype)
@@ -252,6 +252,16 @@ def test_pickled_weights_are_never_loaded(copy):
 def test_tensors_of_another_shape(copy, name, shape):
     edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(shape)}))
     with refuses(name, f"has shape {shape}", "config.json says", "do not match"):
+        load_model(copy, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors(copy, dtype):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with refuses(
+        name, f"is stored as {str(dtype).removeprefix('torch.')}", "quantised", "bfloat16, float16 or float32"
+    ):
         load_model(copy, device="cpu")
 
 

@@ -15,6 +15,8 @@ from lede_env.errors import LedeError
 from lede_env.models.assembly import Tensors
 from lede_env.models.config import read_json
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what weights may be stored as
+
 
 class FolderTensors(Tensors):
     """The tensors of a folder's safetensors files, read one at a time straight to the device."""
@@ -64,6 +66,11 @@ class FolderTensors(Tensors):
             raise LedeError(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {self.shapes[name]}; "
                 "its weights do not match its config.json"
+            )
+        if tensor.dtype not in DTYPES:
+            raise LedeError(
+                f"{self.folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, as quantised weights "
+                "are, which are not supported; use a checkpoint in bfloat16, float16 or float32"
             )
         return tensor.to(self.dtype).to(self.device)
 

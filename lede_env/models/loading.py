@@ -91,9 +91,9 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in names.values():
         return dtype
-    if dtype not in names:
+    if not isinstance(dtype, str) or dtype not in names:
         raise LedeError(f"dtype={dtype!r} is unknown; use one of {', '.join(names)}")
-    return names[dtype]  # type: ignore[index]
+    return names[dtype]
 
 
 def resolve_folder(name: str | os.PathLike) -> tuple[Path, str]:

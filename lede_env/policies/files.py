@@ -28,7 +28,7 @@ from lede_env.policies.tree import TreePolicy
 
 TREE_ARRAYS = ("feature", "threshold", "left", "right", "advantage")
 _TINY = Path(__file__).parents[1] / "models" / "tiny"
-# The embedded model's, for the CPU; and the one for its 7B geometry twin on an H200, where a decision costs nothing.
+# The embedded model's, for its geometry twins too.
 SHIPPED = {"tiny": _TINY / "policy"}
 # What this version can run; state_reset belongs to recurrent kinds.
 _SUPPORTED: dict[str, list[Any]] = {
