@@ -50,6 +50,7 @@ def main(args: Args) -> None:
         raise LedeError("there is no CUDA device: reserved memory is a GPU's")
     folder = twin_folder(args.model, args.folder, "cuda", console.print)
     about = {**machine("cuda"), **{name: str(value) for name, value in vars(args).items() if name != "out"}}
+    about["model"] = twin_name(args.model)
     rows: list[dict[str, Any]] = []
     for origin in (None, folder):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:

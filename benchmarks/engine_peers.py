@@ -86,6 +86,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     # The longest first: on CUDA graphs its session has room for all.
     prompts = list(enumerate(sorted((lm.encode(prompt.text) for prompt in found), key=len, reverse=True)))
     about = {**machine(lm.device.type), **{name: str(value) for name, value in vars(args).items() if name != "out"}}
+    about["model"] = lm.name
+    unlike: dict[str, float] = {}
     timings: dict[str, Timing] = {}
     errors: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
@@ -98,7 +100,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         except (Exception, OutOfTime) as error:  # whatever a library raises
             errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             say(f"no figure: {name}: {errors[name]}")
-        rows[:] = table(timings, errors)
+        rows[:] = table(timings, errors, unlike)
         write_results(args.out or results_folder(lm.device.type), f"engine_peers-{lm.name}", rows, about)
 
     for name in args.strategies:
@@ -107,6 +109,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         measure(f"ours, {name}", Player(lm, strategy, args.max_new_tokens, 0.0, 0), prompts, args.repeats)
     model = load_peer(folder, lm)
     say("loaded by transformers")
+    unlike |= {name: differing(model, prompts, timing.tokens) for name, timing in timings.items()}
     for name, method in peers(model, args.max_new_tokens).items():
         measure(name, method, prompts[:1], args.peer_repeats)
     print_table(f"{lm.name} beside transformers, greedy, {lm.dtype}, batch 1", rows, console)
@@ -225,9 +228,21 @@ def time_alone(method: Method, prompts: list, warm_up: list, repeats: int, synch
     return timing
 
 
-def table(timings: dict[str, Timing], errors: dict[str, str]) -> list[dict[str, Any]]:
-    """A row a method, with what can be said by now: over the best early exit, and the share of its text that is
-    transformers' eager text, up to the first other token."""
+@torch.inference_mode()
+def differing(model: Any, prompts: list[tuple[int, list[int]]], texts: dict[int, list[int]]) -> float:
+    """Share of the tokens of greedy texts that are not transformers' choice after the tokens before them."""
+    unlike = 0
+    for index, prompt in prompts:
+        text = torch.tensor(texts[index], device=model.device)
+        ids = torch.tensor([prompt + texts[index]], device=model.device)
+        best = model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)  # (tokens,)
+        unlike += int((best != text).sum())
+    return unlike / sum(map(len, texts.values()))
+
+
+def table(timings: dict[str, Timing], errors: dict[str, str], unlike: dict[str, float]) -> list[dict[str, Any]]:
+    """A row a method, with what can be said by now: over the best early exit, the share of its text that is
+    transformers' eager text, up to the first other token, and that of tokens that are not transformers' choice."""
     early = [name for name in timings if "early_exit" in name]
     best = max(early, key=lambda name: timings[name].tokens_per_second, default=None)
     rows = []
@@ -240,6 +255,8 @@ def table(timings: dict[str, Timing], errors: dict[str, str]) -> list[dict[str, 
             theirs = timings[EAGER].tokens
             shares = [agreement(timing.tokens[index], theirs[index]) for index in theirs]
             row["as the eager text"] = statistics.mean(shares)
+        if name in unlike:
+            row["tokens unlike transformers'"] = unlike[name]
         rows.append(row)
     return rows + [{"method": name, "error": error} for name, error in errors.items()]
 

@@ -30,6 +30,8 @@ from lede_env.tasks import load_prompts
 
 H200_RATE = 4.2e12  # bytes/s: a best rate below it means that the run was not warm
 GREEDY = Sampling()
+MEASURED_AT = 512  # positions behind the pieces
+WIDTHS = (1, 2, 4, 8, DRAFT_CAP + 1)  # rows of a verification; one is a plain step
 
 
 @dataclass
@@ -52,8 +54,12 @@ def main(args: Args) -> None:
     rate, rows = bandwidths(lm)
     about["best read rate, TB/s"] = rate / 1e12
     rows += pieces(lm)
+    device = {row["what"]: row["ms"] for row in rows if "ms" in row}
+    on_device = lm.n_layers * device["one layer, 1 rows"] + device["head and verdict, 1 rows, T = 0"]
     for context in args.contexts:
         rows += steps(lm, context, args.steps, max(rate, H200_RATE))
+        if context == MEASURED_AT:
+            rows.append({"what": "of it neither layers nor head: host, launches", "ms": rows[-1]["ms"] - on_device})
     about["weights, GiB"] = sum(weight_bytes(lm).values()) / 2**30
     print_table(f"{lm.name}, {lm.dtype}, batch 1", rows, console)
     write_results(args.out or results_folder("cuda"), f"engine_roofline-{lm.name}", rows, about)
@@ -99,22 +105,27 @@ def bandwidths(lm: LayeredLM) -> tuple[float, list[dict[str, Any]]]:
 
 
 def head_rate(lm: LayeredLM) -> float:
-    """Bytes/s of the engine's widest product, replayed over and over: what its kernels reach at best."""
+    """Bytes/s of the engine's widest product, one after another in a graph: what its kernels reach at best."""
     from lede_env.engine.cuda.linear import linear
 
     x = torch.randn(1, lm.geometry.hidden, device="cuda", dtype=lm.dtype)
     out = torch.zeros(1, lm.geometry.vocab, device="cuda")
     state = torch.zeros(8, dtype=torch.long, device="cuda")
-    return lm.head.nbytes / median_seconds(lambda: linear(x, lm.head, out, state, 1))
+    linear(x, lm.head, out, state, 1)  # compiled before it is captured
+    graph, times = torch.cuda.CUDAGraph(), 20
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            linear(x, lm.head, out, state, 1)
+    return times * lm.head.nbytes / median_seconds(graph.replay)
 
 
 def pieces(lm: LayeredLM) -> list[dict[str, Any]]:
-    """Milliseconds of a layer, a head and a verdict by width, and of an exit check, at 512 positions."""
+    """Milliseconds of a layer, a head and a verdict by width, and of an exit check, at MEASURED_AT positions."""
     rows = []
     with torch.inference_mode(), lm.session(1, 1024, DRAFT_CAP + 1) as session:
-        session.prefill(0, filler(lm, 512))
+        session.prefill(0, filler(lm, MEASURED_AT))
         session.fill(slot=0)
-        for width in (1, DRAFT_CAP + 1):
+        for width in WIDTHS:
             whole = median_seconds(session.graph(*session._segment(0, lm.n_layers, width)).replay)
             rows.append({"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3})
             for sampling in (GREEDY, Sampling(0.6)):

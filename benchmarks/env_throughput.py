@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,10 +214,11 @@ def main(args: Args) -> None:
         "steps a second over another's", [{"this over that": k, "times": v} for k, v in compared.items()], console
     )
     about = machine(args.device) | {
+        "model": "tiny, embedded",
         "measured": f"random actions, info included; median of {args.repeats} repeats, environments in turn",
         "prompts kept": f"{memory.hits} of {memory.hits + memory.misses} live resets",
         "trace": Path(args.trace).name if args.trace else "the one that ships",
-        "command": "python -m benchmarks.env_throughput",
+        "command": " ".join(["python -m benchmarks.env_throughput", *sys.argv[1:]]),
         **compared,
     }
     write_results(args.out or RESULTS / args.device, "env_throughput", rows, about)

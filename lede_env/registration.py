@@ -26,10 +26,10 @@ from lede_env.models.zoo import MODELS
 _MODELS: dict[str, tuple[str, str, float]] = {
     "tiny": ("Tiny", "tiny-cpu", 1.981),
     "llama3.2-1b": ("Llama3.2-1B", "llama3.2-1b-h200", 1.660),
-    "llama2-7b": ("Llama2-7B", "llama2-7b-h200", 2.116),
+    "llama2-7b": ("Llama2-7B", "llama2-7b-h200", 2.276),
     "llama2-13b": ("Llama2-13B", "llama2-13b-h200", 2.199),
     "codellama-7b": ("CodeLlama-7B", "codellama-7b-h200", 2.136),
-    "codellama-34b": ("CodeLlama-34B", "codellama-34b-h200", 2.290),
+    "codellama-34b": ("CodeLlama-34B", "codellama-34b-h200", 2.309),
 }
 
 
