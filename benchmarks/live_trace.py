@@ -8,8 +8,8 @@ draft is drawn before its target, has no such rows.
 
 At a temperature rounding chooses another token where a uniform number lies at the border between two: a border draw.
 An episode is counted apart where it differs in the very step that shows a border draw, and nowhere else; in the table
-such draws are near ties too. About a quarter of the episodes meet one, far more than MOST_TIES allows: a vocabulary of
-4096 has borders everywhere. Rounding turns few of them, in about 1 % of the episodes.
+such draws are near ties too. About a quarter of the episodes meet one, for a vocabulary of 4096 has borders everywhere;
+they are compared like all others. Rounding turns few of the draws, in about 1 % of the episodes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHECKS = (("exit", 0.0), ("draft", 0.0), ("exit", 0.6))  # MDP and temperature
 FORMS = ("vector", "single")
 TOLERANCE = 1e-4  # of observations
 TIE = 1e-4  # between the logits of the two best tokens
-MOST_TIES = 0.02  # share of the episodes
+MOST_TIES = 0.02  # share of the episodes that may be counted apart
 # Of a uniform number from where another token is drawn. The cumulative probabilities of a text computed one token at a
 # time, as vectors, and in one forward differ by up to 2.4e-5, 99.9 % of them by less than 1e-5; acceptance chances, by
 # up to 5e-5, 99 % by less than 1e-5. Of simulated draws that rounding turned over 99 % lay within 1e-5.
@@ -257,6 +257,7 @@ def summary(waves: list[Wave], chosen: list[str], ties: set[str]) -> dict[str, A
         "episodes": len(chosen),
         "steps": int(joined("steps").sum()),
         "with near ties": int((tied | joined("borders")).sum()),
+        "counted apart": int(apart.sum()),
         "of them different": int((differs & apart).sum()),
         "others different": len(others),
         "largest distance": f"{joined('distance')[~apart].max(initial=0.0):.1e}",
@@ -288,10 +289,10 @@ def main(args: Args) -> int:
     if args.out is not None:
         write_results(args.out, "live_trace", rows, about)
     differ = any(row["others different"] for row in rows)
-    many = any(row["with near ties"] > MOST_TIES * row["episodes"] for row in rows)
+    many = any(row["counted apart"] > MOST_TIES * row["episodes"] for row in rows)
     console.print("live and trace differ" if differ else "but for near ties, live equals trace")
     if many:
-        console.print(f"more than {MOST_TIES:.0%} of the episodes of a row have near ties")
+        console.print(f"more than {MOST_TIES:.0%} of the episodes of a row are counted apart")
     return int(differ or many)
 
 
