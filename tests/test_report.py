@@ -11,9 +11,11 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from lede_env import Lede, generate
 from lede_env.decoding.strategies import STRATEGIES, Autoregressive, LayerSkip
@@ -200,6 +202,11 @@ def test_the_comparison(tiny):
     assert cells["strategy"] == ["layerskip:3,2", "autoregressive"] and cells["text"] == ["same", "same"]
     assert cells["E"] == ["3.00", "-"] and cells["speedup"][1] == "1.00"
     assert describe(Lede(speculation=4)) == "lede:speculation=4"
+    every = {name: results["layerskip"] for name in strategies}
+    screen = Console(file=StringIO(), width=80)
+    screen.print(comparison_table(every, strategies, greedy=False))
+    shown = screen.file.getvalue()
+    assert "…" not in shown and "autoregressive" in shown and shown.count("sampled") == len(every)
     odd = {**results, "layerskip": replace(results["layerskip"], token_ids=[1])}
     assert next(iter(comparison_table(odd, chosen, greedy=True).columns[1].cells)) == "differs"
     assert next(iter(comparison_table(odd, chosen, greedy=False).columns[1].cells)) == "sampled"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lede_env.decoding.generate import Generation, generate
@@ -71,12 +72,13 @@ def race(
 
 
 def comparison_table(results: dict[str, Generation], strategies: dict[str, Strategy], greedy: bool) -> Table:
-    """One row a strategy. Sampled texts are not compared: equal in distribution, each is a draw of its own."""
+    """One row a strategy, whole in 80 columns. Sampled texts are not compared: each is a draw of its own."""
     baseline = next(results[name] for name, strategy in strategies.items() if isinstance(strategy, Autoregressive))
-    table = Table("strategy", "text", "tokens")
-    for heading in ("E", "d", "acceptance", "tokens a round", "tokens/s", "speedup"):
-        table.add_column(heading, justify="right")
-    table.columns[2].justify = "right"
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("strategy", overflow="fold")
+    table.add_column("text", no_wrap=True)
+    for heading in ("tokens", "E", "d", "acceptance", "tokens a round", "tokens/s", "speedup"):
+        table.add_column(heading, justify="right", overflow="fold", max_width=7, min_width=5)
     for name, out in results.items():
         metrics = out.metrics
         same = "same" if out.token_ids == baseline.token_ids else "differs"
