@@ -34,6 +34,7 @@ from lede_env.models.zoo import twin_layer
 from lede_env.policies import TrainedPolicy
 from lede_env.tasks import Prompt, fit_prompt
 
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # of Draft & Verify
 MACHINE = "this machine"  # the cost model measured here, and the wall-clock
 
 
@@ -98,7 +99,7 @@ GRIDS: dict[str, Callable[[Bench, list[Prompt]], list[Strategy]]] = {
     "autoregressive": lambda bench, _: [Autoregressive()],
     "layerskip": lambda bench, _: [LayerSkip(e, d) for e in bench.layers for d in range(1, DRAFT_CAP + 1)],
     "fsm": lambda bench, _: [FiniteStateMachine(e, d) for e in bench.layers for d in (2, 4, 8)],
-    "draft_verify": lambda bench, _: [DraftVerify(e, t) for e in bench.layers for t in (0.4, 0.6, 0.8)],
+    "draft_verify": lambda bench, _: [DraftVerify(e, t) for e in bench.layers for t in THRESHOLDS],
     "lite": lambda bench, prompts: lite_settings(bench, prompts),
     "del": lambda bench, _: [Del()],
     "lede": lambda bench, _: [Lede(bench.policy)],
