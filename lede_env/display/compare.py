@@ -74,11 +74,12 @@ def race(
 def comparison_table(results: dict[str, Generation], strategies: dict[str, Strategy], greedy: bool) -> Table:
     """One row a strategy, whole in 80 columns. Sampled texts are not compared: each is a draw of its own."""
     baseline = next(results[name] for name, strategy in strategies.items() if isinstance(strategy, Autoregressive))
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("strategy", overflow="fold")
     table.add_column("text", no_wrap=True)
     for heading in ("tokens", "E", "d", "acceptance", "tokens a round", "tokens/s", "speedup"):
-        table.add_column(heading, justify="right", overflow="fold", max_width=7, min_width=5)
+        longest = max(map(len, heading.split()))  # headings break between words, numbers nowhere
+        table.add_column(heading, justify="right", overflow="fold", min_width=longest, max_width=max(longest, 7))
     for name, out in results.items():
         metrics = out.metrics
         same = "same" if out.token_ids == baseline.token_ids else "differs"
