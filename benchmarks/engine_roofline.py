@@ -122,21 +122,20 @@ def head_rate(lm: LayeredLM) -> float:
 def pieces(lm: LayeredLM) -> list[dict[str, Any]]:
     """Milliseconds of a layer, a head and a verdict by width, and of an exit check, at MEASURED_AT positions."""
     rows = []
-    with torch.inference_mode(), lm.session(1, 1024, DRAFT_CAP + 1) as session:
-        session.prefill(0, filler(lm, MEASURED_AT))
-        session.fill(slot=0)
-        for width in WIDTHS:
+    for width in WIDTHS:
+        with torch.inference_mode(), lm.session(1, 1024, max(2, width)) as session:  # runs one row, or its width
+            session.prefill(0, filler(lm, MEASURED_AT))
+            session.fill(slot=0)
             whole = median_seconds(session.graph(*session._segment(0, lm.n_layers, width)).replay)
             rows.append({"what": f"one layer, {width} rows", "ms": whole / lm.n_layers * 1e3})
             for sampling in (GREEDY, Sampling(0.6)):
-                verdict = session.graph(
-                    ("verify", width, sampling, False), partial(session._verify, width, sampling, False)
-                )
+                key = ("verify", width, sampling, False)
+                verdict = session.graph(key, partial(session._verify, width, sampling, False))
                 what = f"head and verdict, {width} rows, T = {sampling.temperature:g}"
                 rows.append({"what": what, "ms": median_seconds(verdict.replay) * 1e3})
-        for sampling in (GREEDY, Sampling(0.6)):
-            check = median_seconds(session.graph(("read", sampling), partial(session._read_out, sampling)).replay)
-            rows.append({"what": f"exit check and draw, T = {sampling.temperature:g}", "ms": check * 1e3})
+            for sampling in (GREEDY, Sampling(0.6)) if width == WIDTHS[-1] else ():
+                check = median_seconds(session.graph(("read", sampling), partial(session._read_out, sampling)).replay)
+                rows.append({"what": f"exit check and draw, T = {sampling.temperature:g}", "ms": check * 1e3})
     return rows
 
 
