@@ -285,14 +285,41 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def print_table(title: str, rows: list[dict[str, Any]], console: Console) -> None:
-    columns = columns_of(rows)
-    table = Table(title=title)
-    for column in columns:
-        text = isinstance(rows[0].get(column), str)
-        table.add_column(column, justify="left" if text else "right", overflow="fold", min_width=12 if text else 5)
-    for row in rows:
-        table.add_row(*(shown(row.get(column, "")) for column in columns))
-    console.print(table)
+    """Columns that find no room beside each other come in further tables, each with the names in front."""
+    widths = {column: width_of(column, rows) for column in columns_of(rows)}
+    for number, (names, figures) in enumerate(side_by_side(rows, widths, console.width)):
+        table = Table(title=None if number else title)
+        for column in names:
+            table.add_column(column, overflow="fold", max_width=console.width // 3)
+        for column in figures:
+            text = isinstance(rows[0].get(column), str)
+            table.add_column(column, justify="left" if text else "right", overflow="fold", width=widths[column])
+        for row in rows:
+            table.add_row(*(shown(row.get(column, "")) for column in (*names, *figures)))
+        console.print(table)
+
+
+def side_by_side(
+    rows: list[dict[str, Any]], widths: dict[str, int], room: int, border: int = 3
+) -> list[tuple[list[str], list[str]]]:
+    """(columns that name a row, other columns) of each table that a console of that width has room for."""
+    columns = list(widths)
+    texts = next((i for i, column in enumerate(columns) if not isinstance(rows[0].get(column), str)), len(columns))
+    names = columns[: max(1, texts)]
+    while len(names) > 1 and sum(widths[name] + border for name in names) > room // 2:
+        names.pop()
+    room -= 1 + sum(min(widths[name], room // 3) + border for name in names)
+    parts: list[list[str]] = [[]]
+    for column in columns[len(names) :]:
+        if parts[-1] and sum(widths[other] + border for other in (*parts[-1], column)) > room:
+            parts.append([])
+        parts[-1].append(column)
+    return [(names, part) for part in parts]
+
+
+def width_of(column: str, rows: list[dict[str, Any]], most: int = 32) -> int:
+    """Of its longest cell: headings break between words, and what is longer than `most` folds."""
+    return max(*map(len, column.split()), *(min(len(shown(row.get(column, ""))), most) for row in rows))
 
 
 def shown(value: Any) -> str:
