@@ -122,7 +122,7 @@ def attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: type
         LedeError: it does not, or it is not of this kind; whole numbers count from 0.
     """
     value = data.attributes.get(name)
-    if not isinstance(value, kind) or (kind is int and value < 0):
+    if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
         raise LedeError(
             f"{path}: attribute {name!r} is {value!r}, so its environment cannot be made again; validate files that "
             "`lede record` wrote"
