@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import re
 import shutil
 import warnings
 from dataclasses import asdict, replace
@@ -365,12 +366,18 @@ def test_lede_envs(monkeypatch, capfd):
     rows = json.loads(lede(monkeypatch, capfd, "envs --json"))
     assert [row["id"] for row in rows] == list(ENVIRONMENTS)
     for row in rows:
-        assert asdict(pinned(row["id"])).keys() | {"id", "mdp", "weights_from", "traces"} == row.keys()
+        found = {"id", "mdp", "weights_from", "traces", "J_random", "J_oracle", "reward_threshold"}
+        assert asdict(pinned(row["id"])).keys() | found == row.keys()
         expected = {"wheel"} if row["id"] in TINY else {"twin"} if row["id"] in TWINS else {"hub", "cache"}
         assert row["weights_from"] in expected
         assert row["traces"] == ([] if row["id"] in REAL else [n for n, t in TRACES.items() if t.path.is_file()])
+        returns = [row[name] for name in ("J_random", "reward_threshold", "J_oracle") if row[name] is not None]
+        assert len(returns) == (3 if row["id"] in TINY else 2 if row["id"] in TWINS else 0)
+        assert returns == sorted(set(returns))
     table = lede(monkeypatch, capfd, "envs")
     assert all(env_id in table for env_id in ENVIRONMENTS) and "all / train" in table
+    for shown in (r"LEDE-Tiny-Draft-v0 .* 117 148 172 ", r"LEDE-Llama2-7B-v0 .* - +- +- "):
+        assert re.search(shown, table)
     assert max(map(len, table.splitlines())) <= 80
 
 
