@@ -181,7 +181,6 @@ def test_resuming_with_edited_inputs_is_refused(tmp_path, tiny):
     policies = [replace(MLPPolicy.random(("layer", "top1"), hidden=(8,), seed=seed), **card) for seed in (0, 1)]
 
     def sitting(policy=policies[0], episodes=2):
-        cost_model.load_cost_model.cache_clear()  # as in another process
         return record_to(path, policy, episodes, resume=True, num_envs=2, max_new_tokens=2, policy_name="runs/policy",
                          task=write_prompts(prompts, *texts), cost_model=str(costs))  # fmt: skip
 
