@@ -678,6 +678,6 @@ def test_bad_use_of_the_vector_environment():
         envs.reset(options={"prompt_ids": 3})
     observations, _ = envs.reset(seed=np.array([1, 2]))
     np.testing.assert_array_equal(observations, envs.reset(seed=1)[0])
-    for actions in (np.array([0, 2]), np.array([0]), [0, 1, 1], np.array([[0, 1]]), np.array([0.5, 1]), 1):
+    for actions in (np.array([0, 2]), np.array([0]), [0, 1, 1], np.array([[0, 1]]), np.array([0.5, 1]), [0.0, 1.0], 1):
         with pytest.raises(LedeError, match="actions must be 2 values"):
             envs.step(actions)
