@@ -30,7 +30,7 @@ console = Console()
 
 @app.command
 def envs(*, json: bool = False) -> None:
-    """List the registered environments and what each pins.
+    """List the registered environments, what each pins, and what is known to be within reach.
 
     Args:
         json: print every pinned value as JSON instead of a table.

@@ -60,7 +60,8 @@ def validate(path: str | os.PathLike, trace: str | os.PathLike | None = None) ->
 
     All columns but `behaviour_logprob`, which only the policy could confirm: it must be finite and at most 0.
     Observations may differ by 1e-4. Greedy texts in which two tokens are as good as tied may differ between a trace and
-    the model, or between two machines.
+    the model, or between two machines. At a temperature the model draws other texts than a trace holds, so that a file
+    repeats only where it was recorded.
 
     Args:
         path: a file by `lede record`, of either MDP.
@@ -118,10 +119,10 @@ def attribute(path: str | os.PathLike, data: Trajectories, name: str, kind: type
     """What a file's header must say to be played again.
 
     Raises:
-        LedeError: it does not, or it is not of this kind.
+        LedeError: it does not, or it is not of this kind; whole numbers count from 0.
     """
     value = data.attributes.get(name)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
         raise LedeError(
             f"{path}: attribute {name!r} is {value!r}, so its environment cannot be made again; validate files that "
             "`lede record` wrote"

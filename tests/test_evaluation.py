@@ -254,10 +254,12 @@ def test_bad_input(small):
             (Wild(), "Wild.exit_probability gave"),
             (StaticPolicy(3, 6), "exits at layer 3"),
             (MLPPolicy.random(("top1", "layer")), "fingerprint"),
-            (untrained_policy(small.lm, candidate_layers=(1, 4)), r"candidate layers \(1, 4\)|missing"),
+            (untrained_policy(small.lm, candidate_layers=(1, 4)), r"candidate layers \(1, 4\)|on the draft MDP"),
         ):
             with pytest.raises(LedeError, match=message):
                 evaluate(policy, env_id, **small.greedy)
+    with pytest.raises(LedeError, match="trained on the draft MDP, but this is the exit MDP"):
+        evaluate(untrained_policy(small.lm), EXIT, **small.greedy)
     with pytest.raises(LedeError, match="phase"):
         evaluate(Fixed(1, 2, 6), EXIT, **small.greedy)
     for env_id, goal in ((EXIT, "speedup"), (DRAFT, "fame")):

@@ -22,6 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import DictInfoToList
 
 import lede_env
+from lede_env.engine import cost_model
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import SHIPPED, load_cost_model
 from lede_env.envs import source
@@ -603,6 +604,32 @@ def test_attributes_tell_prompts_and_cost_models_apart(tmp_path):
     assert digests[0] == before["cost_model_digest"] != digests[1]
 
 
+def test_a_cost_model_that_was_measured_again_is_read_again(tmp_path):
+    costs, path = json.loads((SHIPPED / "tiny-cpu.json").read_text()), tmp_path / "costs.json"
+    digests = set()
+    for context in (7, 8):
+        path.write_text(json.dumps({**costs, "context": context}))
+        digests.add(make(cost_model=str(path)).attributes["cost_model_digest"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(layer=[]), dict(layer="slow"), dict(layer=[0.0, 0.0]), dict(head=[0.0]), dict(head=[0.0, None]),
+     dict(decision=math.nan), dict(decision=-1.0), dict(decision="0"), dict(seconds=1.0)],
+)  # fmt: skip
+def test_a_damaged_cost_model_is_refused(tmp_path, changes):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(json.loads((SHIPPED / "tiny-cpu.json").read_text()) | changes))
+    with pytest.raises(LedeError, match=r"costs.json is not a cost model.*write one with python -m"):
+        make(cost_model=str(path))
+
+
+def test_measuring_a_cost_model_needs_a_repeat():
+    with pytest.raises(LedeError, match="--repeats 0 must be at least 1"):
+        cost_model.main(repeats=0)
+
+
 def test_bad_use_of_the_single_environment():
     with pytest.warns(UserWarning, match="rgb"), pytest.raises(LedeError, match=r"render_mode='rgb'.*ansi"):
         make(render_mode="rgb")
@@ -651,6 +678,6 @@ def test_bad_use_of_the_vector_environment():
         envs.reset(options={"prompt_ids": 3})
     observations, _ = envs.reset(seed=np.array([1, 2]))
     np.testing.assert_array_equal(observations, envs.reset(seed=1)[0])
-    for actions in (np.array([0, 2]), np.array([0]), [0, 1, 1], np.array([[0, 1]]), np.array([0.5, 1]), 1):
+    for actions in (np.array([0, 2]), np.array([0]), [0, 1, 1], np.array([[0, 1]]), np.array([0.5, 1]), [0.0, 1.0], 1):
         with pytest.raises(LedeError, match="actions must be 2 values"):
             envs.step(actions)

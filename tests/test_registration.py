@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import re
 import shutil
 import warnings
 from dataclasses import asdict, replace
@@ -299,8 +300,11 @@ def test_a_prompt_file_plays_its_prompts_from_a_trace(arguments, tiny, tmp_path)
         (TINY[0], dict(weights="/models"), "weights='/models' is unknown.*model=FOLDER"),
         (REAL[2], dict(), "recorded from 'tiny', of 16 layers and 4096 tokens, but llama2-7b has 32 and 32000"),
         (REAL[2], dict(trace=None), "needs a trace of 'llama2-7b' at temperature 0, and none ships"),
-        (TWINS[2], dict(candidate_layers=(6, 8)), "cannot name the trace's 4 layers"),
-        (TWINS[2], dict(candidate_layers=(6, 8, 12, 32)), r"must be ascending within 1\.\.31"),
+        # Not even four others in order: their signals would be those of (6, 8, 12, 16), which live ones are not.
+        *(
+            (TWINS[2], dict(candidate_layers=layers), r"the layers \(3, 4, 6, 8\) of the trace sit at \(6, 8, 12, 16\)")
+            for layers in ((6, 8), (6, 8, 12, 32), (1, 2, 3, 4))
+        ),
     ],
 )
 def test_bad_arguments_of_a_trace(arguments, env_id, kwargs, message):
@@ -362,12 +366,18 @@ def test_lede_envs(monkeypatch, capfd):
     rows = json.loads(lede(monkeypatch, capfd, "envs --json"))
     assert [row["id"] for row in rows] == list(ENVIRONMENTS)
     for row in rows:
-        assert asdict(pinned(row["id"])).keys() | {"id", "mdp", "weights_from", "traces"} == row.keys()
+        found = {"id", "mdp", "weights_from", "traces", "J_random", "J_oracle", "reward_threshold"}
+        assert asdict(pinned(row["id"])).keys() | found == row.keys()
         expected = {"wheel"} if row["id"] in TINY else {"twin"} if row["id"] in TWINS else {"hub", "cache"}
         assert row["weights_from"] in expected
         assert row["traces"] == ([] if row["id"] in REAL else [n for n, t in TRACES.items() if t.path.is_file()])
+        returns = [row[name] for name in ("J_random", "reward_threshold", "J_oracle") if row[name] is not None]
+        assert len(returns) == (3 if row["id"] in TINY else 2 if row["id"] in TWINS else 0)
+        assert returns == sorted(set(returns))
     table = lede(monkeypatch, capfd, "envs")
     assert all(env_id in table for env_id in ENVIRONMENTS) and "all / train" in table
+    for shown in (r"LEDE-Tiny-Draft-v0 .* 117 148 172 ", r"LEDE-Llama2-7B-v0 .* - +- +- "):
+        assert re.search(shown, table)
     assert max(map(len, table.splitlines())) <= 80
 
 

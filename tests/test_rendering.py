@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import gymnasium as gym
@@ -151,6 +152,16 @@ def test_terminal(traces, env_id, capsys, monkeypatch):
     env.close()
     assert len(naps) == 7 and 0 < max(naps) <= 1 / env.metadata["render_fps"]
     assert "accepted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_an_environment_on_the_terminal_pickles(traces, env_id, capsys):
+    env = gym.make(env_id, **traces.greedy, render_mode="human").unwrapped
+    env.reset(seed=0)
+    again = pickle.loads(pickle.dumps(env))
+    assert again.step(1)[4] == env.step(1)[4]
+    again.close()
+    env.close()
 
 
 @pytest.mark.parametrize("env_id", IDS)

@@ -118,6 +118,7 @@ def test_files_that_cannot_be_validated(recorded, traces, tmp_path):
         ("env_id", '"LEDE-Giant-v0"', "'LEDE-Giant-v0' is unknown"),
         ("env_id", None, "attribute 'env_id' is None"),
         ("seed", None, "attribute 'seed' is None"),
+        ("seed", "-1", "attribute 'seed' is -1"),
         ("model_fingerprint", '"0123"', "model_fingerprint is '0123' in the file"),
         ("prompts_digest", '"0123"', "prompts_digest is '0123'"),
         ("temperature", "0.7", "temperature=0.7|temperature 0.7"),

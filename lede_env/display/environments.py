@@ -1,32 +1,43 @@
-"""`lede envs`: the registered environments, what each pins, and what of it is on this machine."""
+"""`lede envs`: the registered environments, what each pins, what is within reach and what is on this machine."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
+import gymnasium as gym
 from rich import box
 from rich.table import Table
 
 from lede_env.data.registry import TRACES, traces_of
 from lede_env.envs.exit_config import ExitConfig
+from lede_env.evaluation import evaluate_oracle
 from lede_env.models.zoo import MODELS
 from lede_env.registration import ENVIRONMENTS, mdp_of
 
 
 def environment_rows() -> list[dict[str, Any]]:
     """One dict an id: `id`, `mdp`, every pinned value, `weights_from` ("wheel", "cache" of the hub, "hub", or "twin",
-    which has none yet) and `traces`, the names of the shipped ones that it plays. JSON-able."""
-    return [
-        {
-            "id": env_id,
-            "mdp": mdp_of(config),
-            **asdict(config),
-            "weights_from": _weights_from(config),
-            "traces": [trace.name for trace in traces_of(_played(config)) if trace.path.is_file()],
-        }
-        for env_id, config in ENVIRONMENTS.items()
-    ]
+    which has none yet) and `traces`, the names of the shipped ones that it plays; mean returns over the test prompts,
+    None where no trace tells: `J_random` of a fair coin, `J_oracle` of the clairvoyant optimum, and `reward_threshold`,
+    which a policy that only observes reaches. JSON-able."""
+    return [_row(env_id, config) for env_id, config in ENVIRONMENTS.items()]
+
+
+def _row(env_id: str, config: ExitConfig) -> dict[str, Any]:
+    traces = [trace for trace in traces_of(_played(config)) if trace.path.is_file()]
+    played = any(trace.temperature == config.temperature for trace in traces)
+    best = evaluate_oracle(env_id, split="test") if played else None
+    return {
+        "id": env_id,
+        "mdp": mdp_of(config),
+        **asdict(config),
+        "weights_from": _weights_from(config),
+        "traces": [trace.name for trace in traces],
+        "J_random": best and best.J_random,
+        "J_oracle": best and best.J_oracle,
+        "reward_threshold": gym.spec(env_id).reward_threshold,
+    }
 
 
 def _played(config: ExitConfig) -> str:
@@ -50,7 +61,10 @@ def environment_table(rows: list[dict[str, Any]]) -> Table:
     cells = [_cells(row) for row in rows]
     same = {name for name in cells[0] if len({row[name] for row in cells}) == 1}
     common = ", ".join(f"{name} {cells[0][name]}" for name in cells[0] if name in same)
-    caption = f"All: {common}. Every value is an argument of gym.make. Traces that ship: by temperature."
+    caption = (
+        f"All: {common}. Every value is an argument of gym.make. Returns on the test prompts: of a fair coin, of a "
+        "policy that only observes (reward_threshold), of the clairvoyant optimum. Traces that ship: by temperature."
+    )
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
     for name in cells[0]:
         if name not in same:
@@ -62,6 +76,7 @@ def environment_table(rows: list[dict[str, Any]]) -> Table:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     rho = row.get("rho")
+    returns = [row["J_random"], row["reward_threshold"], row["J_oracle"]]
     return {
         "id": row["id"],
         "MDP": row["mdp"],
@@ -72,6 +87,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "features": str(row["features"]),
         "reward": row["reward"],
         "rho": "" if rho is None else f"{rho:.2f}",
+        "returns": " ".join("  -" if value is None else f"{value:3.0f}" for value in returns),
         "from": row["weights_from"],
         "traces": ", ".join(f"{TRACES[name].temperature:g}" for name in row["traces"]) or "none",
     }

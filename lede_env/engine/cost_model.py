@@ -7,11 +7,12 @@ one never changes: rewards and scores of released ids depend on it.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +90,6 @@ def _at(seconds: Sequence[float], width: int) -> float:
     return seconds[width] if width <= widest else seconds[widest] * width / widest
 
 
-@cache
 def load_cost_model(name: str) -> CostModel:
     """A shipped cost model by name, or one from a JSON file's path."""
     path = SHIPPED / f"{name}.json"
@@ -100,7 +100,14 @@ def load_cost_model(name: str) -> CostModel:
         raise LedeError(f"cost model {name!r} is unknown; shipped: {shipped}; or give the path of a JSON file")
     try:
         values = json.loads(path.read_text())
-        return CostModel(**{**values, "layer": tuple(values["layer"]), "head": tuple(values["head"])})
+        costs = CostModel(**{**values, "layer": tuple(values["layer"]), "head": tuple(values["head"])})
+        if len(costs.layer) < 2 or len(costs.head) < 2:
+            raise ValueError("layer and head need an entry of one row")
+        if not all(0 <= seconds < math.inf for seconds in (*costs.layer, *costs.head, costs.decision)):
+            raise ValueError("seconds must be numbers, at least 0")
+        if not costs.layer[1]:
+            raise ValueError("a layer takes no time")
+        return costs
     except (ValueError, TypeError, KeyError) as error:
         raise LedeError(
             f"{path} is not a cost model ({error}); write one with python -m lede_env.engine.cost_model"
@@ -281,6 +288,8 @@ def main(
         repeats: timings of each piece; the median counts.
         out: file to write; by default NAME.json in the current folder.
     """
+    if repeats < 1:
+        raise LedeError(f"--repeats {repeats} must be at least 1")
     found = measure(model, device, weights=weights, repeats=repeats)
     found = replace(found, name=name or found.name)
     path = out or Path(f"{found.name}.json")

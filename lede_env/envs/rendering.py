@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -79,6 +79,10 @@ class Screen:
             self._next = time.monotonic() + 1 / RENDER_FPS
             self._live.update(as_text(scene), refresh=True)
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has not shown anything: neither the terminal nor this machine's clock can go with it."""
+        return {"mode": self.mode, "_live": None, "_next": 0.0}
 
     def close(self) -> None:
         if self._live is not None:

@@ -23,7 +23,7 @@ from lede_env.envs.exit_config import ExitConfig
 from lede_env.envs.trace_backend import check_model, check_prompts
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_dtype
-from lede_env.models.zoo import MODELS, ModelSpec, find_spec, twin_name, twin_spec
+from lede_env.models.zoo import MODELS, ModelSpec, find_spec, twin_layer, twin_name, twin_spec
 from lede_env.registration import ids_of
 from lede_env.tasks import SPLITS, TASKS, load_prompts
 
@@ -141,6 +141,13 @@ def _twin_trace(config: ExitConfig, layers: tuple[int, ...]) -> tuple[Trace, int
     donor, spec = MODELS["tiny"], twin_spec(str(config.model))
     trace = load_trace(config.trace or default_trace(donor.name, config.temperature))
     _check_origin(trace, donor)
+    recorded = trace.header.candidate_layers
+    sits = tuple(twin_layer(layer, donor.n_layers, spec.n_layers) for layer in recorded)
+    if layers != sits:
+        raise LedeError(
+            f"candidate_layers={layers}, but the layers {recorded} of the trace sit at {sits} in "
+            f"{twin_name(spec.name)}; pass those, or a trace of other layers"
+        )
     return relabel(trace, spec.n_layers, layers, twin_name(spec.name)), spec.vocab
 
 

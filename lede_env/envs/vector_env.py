@@ -141,7 +141,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         actions = np.asarray(actions)
         exits = actions == EXIT
-        if actions.shape != (self.num_envs,) or not (exits | (actions == CONTINUE)).all():
+        whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iub"
+        if not whole or not (exits | (actions == CONTINUE)).all():
             raise LedeError(f"actions must be {self.num_envs} values out of 0 (continue) and 1 (exit), got {actions!r}")
         if self.closed or not self._begun:
             raise LedeError(CLOSED if self.closed else "step() before reset(); call reset() first")

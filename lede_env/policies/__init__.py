@@ -54,6 +54,8 @@ def check_compatible(
     """
     if isinstance(policy, EpsilonGreedy):
         policy = policy.policy
+    if isinstance(policy, TrainedPolicy) and policy.mdp != mdp and (policy.mdp, mdp) != ("exit", "draft"):
+        raise LedeError(f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it")
     unseen = [name for name in policy.features if name not in features]
     if unseen:
         raise LedeError(
@@ -77,8 +79,6 @@ def check_compatible(
             f"the policy was trained with candidate layers {policy.candidate_layers}, but they are "
             f"{tuple(candidate_layers)} here; pass candidate_layers={policy.candidate_layers} or train again"
         )
-    if policy.mdp != mdp and (policy.mdp, mdp) != ("exit", "draft"):
-        raise LedeError(f"the policy was trained on the {policy.mdp} MDP, but this is the {mdp} MDP; train one for it")
 
 
 def parse_policy(text: str, n_layers: int, candidates: Sequence[int]) -> ExitPolicy:
