@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lede_env.arguments import check_text, whole_number
 from lede_env.engine.cuda import kernels_fit
+from lede_env.engine.packed import ROWS, packed_copy, plus_times, times
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 
@@ -86,6 +88,11 @@ class LayeredLM:
         """Whether it runs on CUDA with Triton kernels; warns, once, where it is on CUDA and cannot."""
         return self.device.type == "cuda" and kernels_fit(self)
 
+    @cached_property
+    def packed(self) -> LayeredLM | None:
+        """A copy for many rows at a time on a CPU, where that pays."""
+        return packed_copy(self)
+
     def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1, taps: Sequence[int] = ()) -> Session:
         """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round.
 
@@ -112,14 +119,17 @@ class LayeredLM:
         shape, eps, mlp = x.shape, self.norm_eps, self.geometry.mlp
         x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
         turn = self.rope[span.positions].unsqueeze(2)  # (R or 1, Q, 1, D / 2)
+        packed = self.packed if shape[0] >= ROWS else None
+        mm: Callable[..., Tensor] = times if packed else torch.mm
+        addmm: Callable[..., Tensor] = plus_times if packed else torch.addmm
         for index in range(first, last):
-            layer = self.layers[index]
+            layer = (packed or self).layers[index]
             h = rms_norm(x, layer.attention_norm, eps)
-            qkv = h @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, h, layer.qkv)
-            x = torch.addmm(x, self._attend(qkv, shape, turn, cache, span, index), layer.out)
-            gate_up = rms_norm(x, layer.mlp_norm, eps) @ layer.gate_up
+            qkv = mm(h, layer.qkv) if layer.qkv_bias is None else addmm(layer.qkv_bias, h, layer.qkv)
+            x = addmm(x, self._attend(qkv, shape, turn, cache, span, index), layer.out)
+            gate_up = mm(rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
             # Slices, here and below: `chunk` and `split` cost several times as much.
-            x = torch.addmm(x, F.silu(gate_up[:, :mlp]).mul_(gate_up[:, mlp:]), layer.down)
+            x = addmm(x, F.silu(gate_up[:, :mlp]).mul_(gate_up[:, mlp:]), layer.down)
         return x.view(shape)
 
     def _attend(self, qkv: Tensor, shape: torch.Size, turn: Tensor, cache: KVCache, span: Span, index: int) -> Tensor:
@@ -129,12 +139,10 @@ class LayeredLM:
         turned = rotate(qkv[:, :, : heads + kv_heads], turn)
         return cache.attend(index, span, turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
 
-    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits.
-
-        `out`: (N, V) of the model's dtype to write the product into; fresh memory takes its time.
-        """
-        logits = torch.mm(rms_norm(x, self.final_norm, self.norm_eps), self.head, out=out)
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
+        normed, packed = rms_norm(x, self.final_norm, self.norm_eps), self.packed if len(x) >= ROWS else None
+        logits = times(normed, packed.head) if packed else normed @ self.head
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def encode(self, prompt: str | list[dict[str, str]] | list[int]) -> list[int]:

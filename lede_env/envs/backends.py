@@ -68,7 +68,6 @@ class LiveBackend:
         self.targets = np.zeros(size, np.int64)
         self.ends = np.zeros(size, bool)  # the target is an EOS
         self.numbers = np.zeros((size, n), np.int16)  # see `number_cells`
-        self._logits = torch.empty((n + 1) * lanes, lm.geometry.vocab, dtype=lm.dtype, device=lm.device)
         self.known = np.zeros(lanes, np.int64)  # positions computed so far, a lane
         self._pending = [0] * lanes
         self._done = [True] * lanes
@@ -116,7 +115,7 @@ class LiveBackend:
             states.append(session.newest(lanes).clone())
         for lane in lanes:
             session.close_round(lane, 1)
-        logits = self.lm.logits(torch.cat(states), out=self._logits[: len(states) * len(lanes)])
+        logits = self.lm.logits(torch.cat(states))
         self._store(np.array(lanes), logits.unflatten(0, (len(states), len(lanes))))  # (C + 1, n, V)
 
     def _store(self, lanes: np.ndarray, logits: torch.Tensor) -> Signals:
