@@ -625,9 +625,11 @@ def test_a_damaged_cost_model_is_refused(tmp_path, changes):
         make(cost_model=str(path))
 
 
-def test_measuring_a_cost_model_needs_a_repeat():
+def test_measuring_a_cost_model_needs_a_repeat_and_a_folder(tmp_path):
     with pytest.raises(LedeError, match="--repeats 0 must be at least 1"):
         cost_model.main(repeats=0)
+    with pytest.raises(LedeError, match=r"there is no folder .*nowhere"):  # before measuring, which takes a while
+        cost_model.main(out=tmp_path / "nowhere" / "costs.json")
 
 
 def test_bad_use_of_the_single_environment():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lede_env.errors import LedeError
-from lede_env.oracles import Oracle, tabulate
-from lede_env.policies import MLPPolicy, RandomPolicy, ThresholdPolicy
+from lede_env.oracles import tabulate
+from lede_env.policies import MLPPolicy, Oracle, RandomPolicy, ThresholdPolicy
 from tests.small_traces import small_traces
 
 EXIT, DRAFT = "LEDE-Tiny-v0", "LEDE-Tiny-Draft-v0"

@@ -64,7 +64,7 @@ def load_trace(name: str | os.PathLike) -> Trace:
     Raises:
         LedeError: neither a name nor a file, or what `lede_env.data.trace_file.load_trace` refuses.
     """
-    if not isinstance(name, str | os.PathLike):
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
         raise LedeError(f"trace={name!r} must be the name of a trace or the path of a file")
     known = TRACES.get(os.fspath(name))
     path = known.path if known else Path(name)

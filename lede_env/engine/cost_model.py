@@ -290,6 +290,8 @@ def main(
     """
     if repeats < 1:
         raise LedeError(f"--repeats {repeats} must be at least 1")
+    if out is not None and not out.parent.is_dir():
+        raise LedeError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     found = measure(model, device, weights=weights, repeats=repeats)
     found = replace(found, name=name or found.name)
     path = out or Path(f"{found.name}.json")

@@ -92,12 +92,14 @@ def make_draft_reward(
     name: str, kwargs: Mapping[str, float], rho: float | None, candidate_layers: tuple[int, ...], n_layers: int
 ) -> DraftReward:
     """The reward `paper` or `throughput` of the draft MDP (design section 5)."""
+    number = isinstance(rho, int | float) and not isinstance(rho, bool) and 0 <= rho < math.inf
+    if not number and (name == "throughput" or rho is not None):
+        raise LedeError(f"rho={rho!r} must be a number of tokens per autoregressive step, at least 0")
     if name == "paper":
         return PaperDraftReward(make_exit_reward(name, kwargs, candidate_layers, n_layers))
     if name != "throughput":
         raise LedeError(f"reward={name!r} is unknown on the draft MDP; known: 'paper', 'throughput'")
     if kwargs:
         raise LedeError(f"reward_kwargs has {sorted(kwargs)[0]!r}; the reward 'throughput' takes none, only rho")
-    if not isinstance(rho, int | float) or isinstance(rho, bool) or not 0 <= rho < math.inf:
-        raise LedeError(f"rho={rho!r} must be a number of tokens per autoregressive step, at least 0")
+    assert rho is not None
     return ThroughputReward(float(rho))

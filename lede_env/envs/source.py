@@ -117,7 +117,7 @@ def _trace(config: ExitConfig) -> Source:
         trace, vocab = _twin_trace(config, layers)
     else:
         name = spec.name if spec else str(config.model)
-        trace = load_trace(config.trace or default_trace(name, config.temperature))
+        trace = load_trace(default_trace(name, config.temperature) if config.trace is None else config.trace)
         vocab = trace.header.vocab
         if spec is not None:
             _check_origin(trace, spec)
@@ -139,7 +139,7 @@ def _trace(config: ExitConfig) -> Source:
 def _twin_trace(config: ExitConfig, layers: tuple[int, ...]) -> tuple[Trace, int]:
     """The embedded model's trace under the names of its twin's layers, and the twin's vocabulary."""
     donor, spec = MODELS["tiny"], twin_spec(str(config.model))
-    trace = load_trace(config.trace or default_trace(donor.name, config.temperature))
+    trace = load_trace(default_trace(donor.name, config.temperature) if config.trace is None else config.trace)
     _check_origin(trace, donor)
     recorded = trace.header.candidate_layers
     sits = tuple(twin_layer(layer, donor.n_layers, spec.n_layers) for layer in recorded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lede_env.errors import LedeError
 from lede_env.policies.files import SHIPPED, load_policy
@@ -28,6 +29,7 @@ __all__ = [
     "ExitPolicy",
     "MLPPolicy",
     "MaskedMLPPolicy",
+    "Oracle",
     "RandomPolicy",
     "StaticPolicy",
     "StaticRounds",
@@ -39,6 +41,15 @@ __all__ = [
     "made_for",
     "parse_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Oracle` lies with the tables that it looks into, which are made of this package: loaded when asked for."""
+    if name != "Oracle":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lede_env.oracles import Oracle
+
+    return Oracle
 
 
 def check_compatible(
