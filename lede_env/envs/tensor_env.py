@@ -32,7 +32,7 @@ class TensorVectorEnv(VectorWrapper):
 
     With the same seed and actions it brings what the wrapped environment brings: the same values, but for rewards,
     which are its float64 rounded to float32, as agents want them. `device` is "auto" (a GPU where there is one),
-    "cpu", "cuda" or "cuda:N".
+    "cpu", "cuda" or "cuda:N"; on a CPU the arrays of the wrapped environment take less time.
 
     The wrapped environment says what is played, and is not played itself: its own state neither counts nor moves. It
     must come straight from `gym.make_vec`, with `backend="trace"`. A language model's environment (`backend="live"`)
