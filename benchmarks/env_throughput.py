@@ -5,6 +5,9 @@ Actions are random and drawn beforehand. Environments are timed in turn, repeat 
 alike; a figure is the median over repeats. `processes` > 1 times as many copies of each vector environment at once,
 a process each; its figure is their sum.
 
+On a GPU a trace is played as tensors (`TensorVectorEnv`): actions lie there, and a repeat ends when the GPU has taken
+its last step.
+
 On a CPU a language model's live environments keep the prompts that they have prefilled, together. As in a training of
 many episodes each has been played once before the timing begins; the share of resets that found theirs is printed.
 """
@@ -30,6 +33,7 @@ from benchmarks.harness import RESULTS, freeze_objects, machine, print_table, wr
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.envs.prompt_memory import memory_of
+from lede_env.envs.tensor_env import TensorVectorEnv
 from lede_env.models.loading import load_model
 
 IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
@@ -39,7 +43,7 @@ IDS = {"exit": "LEDE-Tiny-v0", "draft": "LEDE-Tiny-Draft-v0"}
 class Args:
     """Measure environment steps a second."""
 
-    device: str = "cpu"  # of the live environments; cuda measures nothing else
+    device: str = "cpu"  # of the live environments; cuda measures these, and tensors on a trace
     lanes: int = 32  # of the live vector environments
     trace_lanes: int = 4096  # of the vector environments that play a trace
     trace: str | None = None  # the trace; by default the one that ships
@@ -61,6 +65,7 @@ class Contender:
     lanes: int  # 0: the single form
     steps: int  # a repeat
     kwargs: tuple[tuple[str, Any], ...] = ()
+    tensors: str = ""  # the device that a vector environment on a trace plays on as tensors
 
     @property
     def copies(self) -> int:
@@ -70,17 +75,31 @@ class Contender:
         """Plays the steps of one repeat, going on where the last left off."""
         kwargs = dict(self.kwargs) | ({"features": self.features} if self.features else {})
         actions = np.random.default_rng(0).integers(2, size=(self.steps, self.copies))
+        if self.tensors:
+            return tensor_player(gym.make_vec(self.env_id, num_envs=self.lanes, **kwargs), actions, self.tensors)
         if self.lanes:
             return vector_player(gym.make_vec(self.env_id, num_envs=self.lanes, **kwargs), actions)
         return single_player(gym.make(self.env_id, disable_env_checker=True, **kwargs), actions[:, 0])
 
 
-def vector_player(envs: Any, actions: np.ndarray) -> Callable[[], None]:
+def vector_player(envs: Any, actions: Any) -> Callable[[], None]:
     envs.reset(seed=0)
 
     def play() -> None:
         for row in actions:
             envs.step(row)
+
+    return play
+
+
+def tensor_player(envs: Any, actions: np.ndarray, device: str) -> Callable[[], None]:
+    tensors = TensorVectorEnv(envs, device)
+    play_rows = vector_player(tensors, torch.tensor(actions, device=tensors.device))
+
+    def play() -> None:
+        play_rows()
+        if tensors.device.type == "cuda":
+            torch.cuda.synchronize(tensors.device)
 
     return play
 
@@ -98,10 +117,10 @@ def single_player(env: Any, actions: np.ndarray) -> Callable[[], None]:
 
 
 def contenders(args: Args) -> list[Contender]:
-    """On the CPU all of them; elsewhere the live ones, which are all that a device changes."""
+    """On the CPU all of them; elsewhere those that a device changes: live ones, and tensors on a trace."""
     found = []
+    trace = (("backend", "trace"), ("trace", args.trace), ("split", args.split))
     if args.device == "cpu":
-        trace = (("backend", "trace"), ("trace", args.trace), ("split", args.split))
         for mdp, env_id in IDS.items():
             for features in ("paper", "extended"):
                 found.append(Contender(f"{mdp} MDP, trace", features, env_id, args.trace_lanes, args.steps, trace))
@@ -109,6 +128,11 @@ def contenders(args: Args) -> list[Contender]:
         for mdp, env_id in IDS.items():
             found.append(Contender(f"{mdp} MDP, trace", "paper", env_id, 0, 20 * args.steps, trace))
         found.append(Contender("CartPole", "", "CartPole-v1", 0, 20 * args.steps))
+    else:
+        for mdp, env_id in IDS.items():
+            for features in ("paper", "extended"):
+                shape = args.trace_lanes, args.steps, trace
+                found.append(Contender(f"{mdp} MDP, trace, tensors", features, env_id, *shape, args.device))
     for mdp, env_id in IDS.items():
         for lanes, steps in ((args.lanes, args.live_steps), (0, 2 * args.live_steps)):
             live = (("device", args.device),)

@@ -19,14 +19,15 @@ from lede_env.arguments import number, whole_number
 from lede_env.errors import LedeError
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 _BELOW_ONE = 1.0 - 2.0**-53
 
 
 def _mix(z: int) -> int:
     """The splitmix64 finaliser: a bijection of 64-bit integers with full avalanche."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z = ((z ^ (z >> 30)) * _FIRST) & _MASK
+    z = ((z ^ (z >> 27)) * _SECOND) & _MASK
     return z ^ (z >> 31)
 
 
@@ -35,6 +36,23 @@ def derive_seed(seed: int, *path: int) -> int:
     for step in path:
         seed = _mix((_mix(seed & _MASK) + (step + 1) * _GOLDEN) & _MASK)
     return seed
+
+
+def derive_seeds(mixed: Tensor, steps: Tensor) -> Tensor:
+    """`derive_seed(seed, step)` of (N,) pairs on their device, of each seed's `mix_seeds`; int64 of the same bits."""
+    return mix_seeds(mixed + (steps + 1) * _signed(_GOLDEN))
+
+
+def mix_seeds(z: Tensor) -> Tensor:
+    """`_mix` of int64: its sums and products wrap as those of uint64 do, but its shift brings in the sign's bits."""
+    z = (z ^ ((z >> 30) & (_MASK >> 30))) * _signed(_FIRST)
+    z = (z ^ ((z >> 27) & (_MASK >> 27))) * _signed(_SECOND)
+    return z ^ ((z >> 31) & (_MASK >> 31))
+
+
+def _signed(number: int) -> int:
+    """The int64 of the same 64 bits."""
+    return number - (number >> 63 << 64)
 
 
 class Draws:

@@ -56,15 +56,18 @@ class DraftTraceBackend(TraceBackend):
         # Small types: thousands of lanes read from all over the tables, which had better fit the processor's cache.
         self.run = _runs(trace, cap).reshape(-1)  # (cells,) drafts in a row that are right, from here, at most cap
         self.left = np.repeat(_tokens_left(trace, cap + 2), self._width)  # (cells,) tokens until the EOS, included
-        self._position = np.arange(-1, cap) / cap  # by draft number
-        of_round = ("trace", "phase", "position", "doubt", "drawn", "peril")  # not of the node alone
-        self._column = {name: features.index(name) for name in of_round if name in features}
-        # (cells * cap,) float32 each
-        self._doubts = self._perils = self._traces = np.zeros(0, np.float32)
+        # What features of a draft are not of its node alone: column -> float32 table.
+        number = np.arange(cap + 1, dtype=np.float32)
+        by_draft = {"phase": np.minimum(number, 2), "position": (np.arange(-1, cap) / cap).astype(np.float32)}
+        by_round = {}  # (cells * cap,): of draft k of the round left at a cell, at cell * cap + k - 1
         if {"doubt", "peril"}.intersection(features):
-            self._doubts, self._perils = self._draft_doubts()
+            by_round["doubt"], by_round["peril"] = self._draft_doubts()
         if "trace" in features:
-            self._traces = self._draft_traces()
+            by_round["trace"] = self._draft_traces()
+        self.by_draft = {features.index(name): of for name, of in by_draft.items() if name in features}  # (cap + 1,)
+        self.by_round = {features.index(name): of for name, of in by_round.items() if name in features}
+        # Phase 1 decides before the draw.
+        self.drawn = features.index("drawn") if "drawn" in features else None  # column that is zero in phase 1
 
     def cell(self, lane: Any, token: Any) -> Any:
         """Node of the first candidate for a round that starts when `token` new tokens are there."""
@@ -82,19 +85,12 @@ class DraftTraceBackend(TraceBackend):
     def observe(self, node: Any, cell: Any, draft: Any) -> np.ndarray:
         """(..., F) features of draft number `draft` of a round, which is `node`, the round's first being `cell`."""
         out = self.signals.take(node, axis=0, mode="clip")
-        for name, column in self._column.items():
-            if name == "trace":
-                out[..., column] = self._traces.take(cell * self.cap + (draft - 1), mode="clip")
-            elif name == "doubt":
-                out[..., column] = self._doubts.take(cell * self.cap + (draft - 1), mode="clip")
-            elif name == "peril":
-                out[..., column] = self._perils.take(cell * self.cap + (draft - 1), mode="clip")
-            elif name == "phase":
-                out[..., column] = np.minimum(draft, 2)
-            elif name == "drawn":
-                out[..., column] *= np.greater(draft, 1)  # phase 1 decides before the draw
-            else:
-                out[..., column] = self._position.take(draft)
+        for column, of_round in self.by_round.items():
+            out[..., column] = of_round.take(cell * self.cap + (draft - 1), mode="clip")
+        for column, of_draft in self.by_draft.items():
+            out[..., column] = of_draft.take(draft)
+        if self.drawn is not None:
+            out[..., self.drawn] *= np.greater(draft, 1)
         return out
 
     def settle(self, who: np.ndarray, cell: Any, drafts: Any) -> tuple[Any, Any, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
-from lede_env.engine.acceptance import derive_seed
+from lede_env.engine.acceptance import derive_seed, derive_seeds
 from lede_env.errors import LedeError
 
 CLOSED = "this environment is closed; make another by gym.make or gym.make_vec"
@@ -28,6 +29,12 @@ def draw_texts(n_prompts: int, keys: np.ndarray, counts: np.ndarray) -> tuple[np
     drawn = cast(np.ndarray, derive_seed(cast(Any, keys), cast(Any, counts)))  # its arithmetic is elementwise
     prompts = ((drawn >> 32) * n_prompts) >> 32
     return prompts.astype(np.int64), (drawn & (2**63 - 1)).astype(np.int64)
+
+
+def draw_text_tensors(n_prompts: int, mixed: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`draw_texts`, bit for bit, on the tensors' device, of each key's `mix_seeds`. All are (N,) int64."""
+    drawn = derive_seeds(mixed, counts)
+    return (((drawn >> 32) & (2**32 - 1)) * n_prompts) >> 32, drawn & (2**63 - 1)
 
 
 def known_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ class TraceBackend:
         self.accepted, self.drafts, self.targets, self.ends = trace.accepted, trace.drafts, trace.targets, trace.ends
         place = np.arange(len(trace.targets)) - np.repeat(trace.starts[:-1], np.diff(trace.starts))  # (N,) in the text
         self.numbers = number_cells(trace.accepted, trace.ends, place == max_new_tokens - 1)  # (N, C)
-        self._first_text = np.array([index_of[prompt_id] * header.samples for prompt_id in prompt_ids])
+        self.first_text = np.array([index_of[prompt_id] * header.samples for prompt_id in prompt_ids])
 
     def start(self, lane: int, prompt: int, seed: int) -> None:
         """Begin a prompt's continuation on a lane: the sample that `seed` chooses."""
@@ -67,7 +67,7 @@ class TraceBackend:
     def texts(self, prompts: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """(N,) prompts and seeds -> (N,) texts of the trace: those recorded with the seeds, else samples seed % S."""
         samples = self.trace.header.samples
-        first = self._first_text[prompts]
+        first = self.first_text[prompts]
         if samples == 1:
             return first
         recorded = self.trace.text_seeds[first[:, None] + np.arange(samples)]  # (N, S)

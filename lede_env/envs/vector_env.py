@@ -24,13 +24,23 @@ ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class Played:
-    """What the actions did, (N,) each."""
+class Asked:
+    """What a reset asks for, (N,) each."""
 
-    rewards: np.ndarray
-    parted: np.ndarray  # a part of the continuation is over
-    ended: np.ndarray  # its last token is an EOS
-    truncated: np.ndarray  # it has all its tokens, and does not end by an EOS
+    lanes: np.ndarray  # booleans: the sequences to reset
+    prompts: np.ndarray  # index of the prompt, -1 where it is to be drawn
+    seeded: np.ndarray  # booleans: those that get a key; the others go on with theirs
+    keys: np.ndarray  # uint64
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the actions did, (N,) each: arrays, or tensors of `TensorVectorEnv`."""
+
+    rewards: Any
+    parted: Any  # a part of the continuation is over
+    ended: Any  # its last token is an EOS
+    truncated: Any  # it has all its tokens, and does not end by an EOS
     info: dict[str, Any]  # of the actions
 
 
@@ -86,21 +96,26 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        if self.closed:
-            raise LedeError(CLOSED)
-        mask, chosen = self._checked_options(known_options(options, ["reset_mask", "prompt_ids"]))
-        seeds = self._checked_seeds(seed)
-        lanes = np.flatnonzero(mask)
-        for lane in lanes.tolist():
-            if seeds[lane] is not None:
-                self._keys[lane], self._texts[lane] = draw_key(seeding.np_random(seeds[lane])[0]), 0
-                self._prompt_over[lane] = True
-        self._prompt_over |= mask & (chosen >= 0)
-        self._begin(lanes, chosen)
+        asked = self._asked(seed, options)
+        self._keys[asked.seeded], self._texts[asked.seeded] = asked.keys[asked.seeded], 0
+        self._prompt_over |= asked.seeded | (asked.lanes & (asked.prompts >= 0))
+        self._begin(np.flatnonzero(asked.lanes), asked.prompts)
         self._begun = True
         nobody = np.zeros(self.num_envs, bool)
         idle = self._play(nobody, nobody)
         return self._observations(), self._infos() | idle.info
+
+    def _asked(self, seed: int | Sequence[int | None] | None, options: Mapping[str, Any] | None) -> Asked:
+        """The arguments of a reset, checked."""
+        if self.closed:
+            raise LedeError(CLOSED)
+        lanes, prompts = self._checked_options(known_options(options, ["reset_mask", "prompt_ids"]))
+        seeds = self._checked_seeds(seed)
+        seeded = lanes & np.array([each is not None for each in seeds])
+        keys = np.zeros(self.num_envs, np.uint64)
+        for lane in np.flatnonzero(seeded).tolist():
+            keys[lane] = draw_key(seeding.np_random(seeds[lane])[0])
+        return Asked(lanes, prompts, seeded, keys)
 
     def _checked_options(self, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Which sequences to reset (N,), and the index of each one's prompt, -1 where it is to be drawn."""
@@ -178,6 +193,6 @@ def check_num_envs(num_envs: Any) -> None:
         raise LedeError(f"num_envs={num_envs!r} must be a whole number, at least 1")
 
 
-def masked(info: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+def masked(info: dict[str, Any], mask: Any) -> dict[str, Any]:
     """The info with Gymnasium's mask `_key` beside each key: which environments have it."""
     return info | {f"_{key}": mask for key in info}
