@@ -21,7 +21,7 @@ demo: $(STAMP)
 
 # One process a core, each with whole files, so that what a file loads is loaded once.
 test: $(STAMP)
-	$(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 # The report page in Chromium (`apt-get install chromium`); `make test` skips this where there is none.
 browser: $(STAMP)

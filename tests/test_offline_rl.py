@@ -71,7 +71,7 @@ def test_the_judge_is_evaluate():
     for policy, env_id in ((RandomPolicy(0.3), "LEDE-Tiny-v0"), (load_policy("tiny"), "LEDE-Tiny-Draft-v0")):
         expected = evaluate(policy, env_id, "validation", **ENV_KWARGS)
         assert str(judge(policy, env_id, "validation", ENV_KWARGS)) == str(expected)
-    with pytest.raises(LedeError, match="phase"):
+    with pytest.raises(LedeError, match="trained on the draft MDP, but this is the exit MDP"):
         judge(load_policy("tiny"), "LEDE-Tiny-v0", "validation", ENV_KWARGS)
 
 
