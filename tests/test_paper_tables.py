@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -173,6 +174,17 @@ def test_prompts_that_do_not_fit_are_cut_and_counted(bench):
     long = paper_tables.replace(prompt, text=prompt.text * 200)
     encoded, cut = bench.tokens([prompt, long])
     assert cut == 1 and len(encoded[1][1]) + 8 < bench.lm.geometry.context
+
+
+def test_a_twins_prompts_fit_its_donor(bench, tiny):
+    """Its own context is longer, but its donor plays the trials, and was not trained that far."""
+    bench, (prompt,) = bench(), load_prompts("summarization", "validation")[:1]
+    bench.lm, bench.donor = replace(tiny, geometry=replace(tiny.geometry, context=4096), idle=[]), tiny
+    long = replace(prompt, text=prompt.text * 12)
+    assert 2048 < len(tiny.encode(long.text)) < 4096
+    (encoded,), cut = bench.tokens([long])
+    assert cut == 1 and len(encoded[1]) + 8 < 2048
+    assert bench.trial_player(LayerSkip(4, 3))(encoded)[0]
 
 
 @pytest.mark.parametrize(
