@@ -13,6 +13,7 @@ from benchmarks import learning_dynamics, paper_tables
 from benchmarks.harness import Player, rouge_l
 from benchmarks.paper_cells import cells, paper_cell
 from benchmarks.paper_report import UNLIKE
+from benchmarks.paper_results import Results
 from benchmarks.paper_tables import Args, task_name, task_sources
 from benchmarks.tuning import GRIDS, MACHINE, Bench, Trial, score, score_static, search
 from lede_env import Autoregressive, DraftVerify, LayerSkip, LedeError, generate, load_policy, load_prompts
@@ -136,6 +137,13 @@ def test_finished_tasks_are_not_run_again(rows, arguments, monkeypatch):
 def test_other_settings_do_not_mix(rows, arguments):
     with pytest.raises(LedeError, match=r"prompts=2, now 3; give another --out"):
         paper_tables.main(paper_tables.replace(arguments, prompts=3))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"seed'], ids=repr)
+def test_a_damaged_file_is_told(tmp_path, content):
+    (tmp_path / "tables.json").write_text(content)
+    with pytest.raises(LedeError, match=r"tables\.json is damaged .*; give another --out, or delete it"):
+        Results(tmp_path / "tables.json", "tiny", {"seed": 0})
 
 
 def test_acceptance_scores_a_static_setting_as_decoding_it_does(bench):
