@@ -129,6 +129,15 @@ def private_bytes():
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 
+def test_one_file_is_the_model_whatever_lies_beside_it(checkpoint, tmp_path):
+    """As in transformers: other files hold adapters, or the model in another form."""
+    folder = shutil.copytree(checkpoint, tmp_path / "two")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "other.safetensors")
+    one, both = load_model(checkpoint, device="cpu"), load_model(folder, device="cpu")
+    assert both.fingerprint == one.fingerprint and torch.equal(both.embedding, one.embedding)
+
+
 def test_kernels_run_on_gpus_they_are_for_and_on_the_current_one(monkeypatch, tiny):
     monkeypatch.setattr("lede_env.engine.cuda._has_triton", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
