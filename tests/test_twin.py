@@ -277,6 +277,11 @@ def test_a_written_twin_is_marked(written, tmp_path):
             load_model(folder, device="cpu")
     (folder / "config.json").write_text(original)
     assert load_model(folder, device="cpu").weights == "twin"
+    unmarked = {name: value for name, value in config.items() if name != "lede_twin"}
+    (folder / "config.json").write_text(json.dumps(unmarked))
+    with pytest.raises(lede_env.LedeError, match="weights of a geometry twin of llama2-7b, but its config"):
+        load_model(folder, device="cpu")
+    (folder / "config.json").write_text(original)
     with pytest.raises(lede_env.LedeError, match="is not empty; name a new folder"):
         write_twin(reduced("llama2-7b"), folder, folder, CPU, torch.float32)
 

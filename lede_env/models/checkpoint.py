@@ -24,6 +24,7 @@ class FolderTensors(Tensors):
     def __init__(self, folder: Path, config: Any, device: torch.device, dtype: torch.dtype):
         super().__init__(config, device, dtype)
         self.folder = folder
+        self.metadata: dict[str, str] = {}  # of all files
         self.files = self._index()
 
     def _index(self) -> dict[str, Any]:
@@ -47,6 +48,7 @@ class FolderTensors(Tensors):
             except (SafetensorError, OSError) as error:
                 raise LedeError(f"{path} is damaged or truncated ({error}); download it again") from error
             tensors.update(dict.fromkeys(handle.keys(), handle))
+            self.metadata |= handle.metadata() or {}
         beyond = self.geometry.n_layers
         if any(name.startswith(f"model.layers.{beyond}.") for name in tensors):
             raise LedeError(

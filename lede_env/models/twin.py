@@ -49,7 +49,7 @@ from lede_env.models.config import geometry_of, read_config, read_eos_ids, setti
 from lede_env.models.zoo import ModelSpec, twin_layer, twin_name, twin_spec
 
 CONTEXT = 4096  # for timing: beyond the donor's training length
-MARK = "lede_twin"  # what a written twin's config.json says of it
+MARK = "lede_twin"  # what a written twin's config.json says of it, and, of what model, each of its files
 SHARD = 2**31  # most bytes a written file, and of host memory while writing
 FILLER = 0.02  # standard deviation of what cannot reach the result
 # The last channel. It adds CONSTANT^2 GAIN to every logit of a tied head, and takes CONSTANT GAIN FAR, over the root
@@ -236,7 +236,8 @@ def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device,
     shards = list(_shards(tensors))
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file, names in zip(track(files, f"writing {folder}"), shards, strict=True):
-        save_file({name: tensors.get(name).cpu() for name in names}, folder / file, metadata={"format": "pt"})
+        metadata = {"format": "pt", MARK: spec.name}
+        save_file({name: tensors.get(name).cpu() for name in names}, folder / file, metadata=metadata)
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     total = sum(map(math.prod, tensors.shapes.values())) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
