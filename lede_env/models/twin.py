@@ -52,6 +52,11 @@ CONTEXT = 4096  # for timing: beyond the donor's training length
 MARK = "lede_twin"  # what a written twin's config.json says of it, and, of what model, each of its files
 SHARD = 2**31  # most bytes a written file, and of host memory while writing
 FILLER = 0.02  # standard deviation of what cannot reach the result
+CARD = """# {name}
+
+A geometry twin, not {of}: its matrices have that model's shapes, but compute the function of LEDE's embedded model.
+Speeds measured with it are those of the shapes; texts, and how many drafts are accepted, are the embedded model's.
+"""
 # The last channel. It adds CONSTANT^2 GAIN to every logit of a tied head, and takes CONSTANT GAIN FAR, over the root
 # mean square of the state, from those of tokens that the donor does not have.
 CONSTANT, GAIN, FAR = 2.0**-14, 2.0**12, 2.0**15
@@ -219,7 +224,7 @@ def _check_fit(spec: ModelSpec, config: Any, donor: Geometry) -> None:
 
 
 def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Write a twin as a Hugging Face folder: sharded safetensors, index, tokenizer, and last of all config.json.
+    """Write a twin as a Hugging Face folder: sharded safetensors, index, tokenizer, card, and last of all config.json.
 
     One shard at a time is in host memory. `load_model(folder)` knows it for a twin by the mark in config.json.
 
@@ -245,6 +250,7 @@ def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device,
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (donor / name).is_file():
             shutil.copy(donor / name, folder)
+    (folder / "README.md").write_text(CARD.format(name=twin_name(spec.name), of=spec.name))
     _write_config(tensors, donor, folder)
 
 
