@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import learning_dynamics, paper_tables
-from benchmarks.harness import Player, rouge_l
+from benchmarks.harness import Player, rouge_l, time_methods
 from benchmarks.paper_cells import cells, paper_cell
 from benchmarks.paper_report import UNLIKE
 from benchmarks.paper_results import Results
@@ -171,6 +171,21 @@ def test_what_a_method_learns_goes_on_in_prompt_order(bench):
     first = generate(bench.lm, prompts[0][1], strategy=DraftVerify(3), max_new_tokens=8)
     second = generate(bench.lm, prompts[1][1], strategy=DraftVerify(3), max_new_tokens=8, carry_over=first)
     assert second.control.threshold == player.outs[1].control.threshold != first.control.threshold
+
+
+def test_on_a_gpu_every_text_is_decoded_before_it_is_timed(bench, monkeypatch):
+    """Its exits need graphs, whose capture would else fall on the timed run."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    bench, played = bench(), []
+    player = bench.player(LayerSkip(4, 3))
+    plain = player.play
+    player.play = lambda prompt: played.append((prompt[0], plain(prompt))) or played[-1][1]
+    prompts = bench.tokens(load_prompts("parse", "validation")[:3])[0]
+    timings = time_methods({"mine": player}, prompts, 1, bench.console, synchronise=True)
+    warm_up, timed = played[:-3], played[-3:]
+    assert [index for index, _ in timed] == [0, 1, 2] == sorted({index for index, _ in warm_up})
+    assert [out.token_ids for _, out in warm_up[-3:]] == [out.token_ids for _, out in timed]
+    assert timings["mine"].tokens == {index: out.token_ids for index, out in timed}
 
 
 def test_every_strategy_has_settings_to_try():
