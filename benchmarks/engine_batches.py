@@ -112,7 +112,13 @@ def tokens_per_second(outs: list[Generation]) -> float:
 
 
 def figure(args: Args, lm: LayeredLM, texts: list[list[int]], strategy: Strategy) -> dict[str, Any]:
-    """The row of a strategy at a context and batch: the median over repeats, after a warm-up."""
+    """The row of a strategy at a context and batch: the median over repeats, after a warm-up.
+
+    GPU memory is the most that was reserved for this row, the model and idle sessions included.
+    """
+    if lm.device.type == "cuda":  # what rows before it took is not this one's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     decode(lm, texts, strategy, min(WARM_UP, args.max_new_tokens) if len(texts) > 1 else args.max_new_tokens)
     runs = [decode(lm, texts, strategy, args.max_new_tokens) for _ in range(args.repeats)]
     counts = [out.counts for out in runs[0]]

@@ -206,8 +206,8 @@ def time_methods(
             for prompt in warm_up:
                 method(prompt)
             if synchronise and isinstance(method, Player):
-                for prompt in prompts:  # a graph of each length
-                    method.play(prompt, max_new_tokens=1)
+                for prompt in prompts:  # all, whole: a graph of each length and exit, or it is captured while timed
+                    method(prompt)
         freeze_objects()
         for repeat in range(repeats):
             for index, prompt in enumerate(prompts):

@@ -19,7 +19,7 @@ class Results:
     """Records of tasks that ran with the same settings, by name, and the cost models of the run.
 
     Raises:
-        LedeError: the file at `path` was made with other settings.
+        LedeError: the file at `path` was made with other settings, or is damaged.
     """
 
     def __init__(self, path: Path, model: str, settings: dict[str, Any]):
@@ -28,7 +28,12 @@ class Results:
         self.tasks: dict[str, Record] = {}
         self.costs: dict[str, CostModel] = {}
         if path.is_file():
-            self._read(json.loads(path.read_text()))
+            try:
+                self._read(json.loads(path.read_text()))
+            except LedeError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise LedeError(f"{path} is damaged ({error!r}); give another --out, or delete it") from error
 
     def _read(self, stored: dict[str, Any]) -> None:
         before, now = stored["settings"], self.settings

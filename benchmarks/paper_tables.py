@@ -92,9 +92,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     chosen = {name: choose_prompts(args, source) for name, source in task_sources(args.tasks).items()}
     lm = lede_env.load_model(args.model, weights=args.weights, device=args.device)
     policy = lede_policy(args, lm)
-    results = Results(results_path(args, lm), lm.name, settings_of(args, lm, policy))
-    costs = results.costs = cost_models(args, lm, results.costs)
     donor = lede_env.load_model("tiny", device=args.device) if lm.weights == "twin" else None
+    results = Results(results_path(args, lm), lm.name, settings_of(args, lm, policy, donor))
+    costs = results.costs = cost_models(args, lm, results.costs)
     bench = Bench(lm, policy, args.max_new_tokens, args.temperature, args.seed, costs, console, donor)
     if importlib.util.find_spec("rouge_score") is None:
         console.print("no ROUGE-L: pip install rouge-score")
@@ -164,7 +164,9 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
     return {MACHINE: measured, **named}
 
 
-def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None) -> dict[str, Any]:
+def settings_of(
+    args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: LayeredLM | None = None
+) -> dict[str, Any]:
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
     return {
@@ -172,6 +174,7 @@ def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None) -> dict
         "hardware": machine(lm.device.type)["hardware"],
         "model_fingerprint": lm.fingerprint,
         "policy_digest": digest(policy.tensors()) if policy else None,
+        **({"context": donor.geometry.context} if donor else {}),  # to which prompts are cut
     }
 
 

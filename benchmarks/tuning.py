@@ -57,6 +57,12 @@ class Bench:
         of_policy = self.policy is not None and self.policy.n_layers == self.lm.n_layers
         return self.policy.candidate_layers if of_policy else self.lm.candidate_layers  # type: ignore[union-attr]
 
+    @property
+    def context(self) -> int:
+        """Positions of a prompt and its text. A twin has more than its donor was trained on, and acceptance there says
+        nothing."""
+        return min(model.geometry.context for model in (self.lm, self.donor) if model is not None)
+
     def player(self, strategy: Strategy) -> Player:
         return Player(self.lm, strategy, self.max_new_tokens, self.temperature, self.seed)
 
@@ -79,7 +85,7 @@ class Bench:
 
     def tokens(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[int, list[int]]], int]:
         """(index, token ids) of each prompt, cut where it does not fit, and how many were cut."""
-        room = self.lm.geometry.context - self.max_new_tokens - 1
+        room = self.context - self.max_new_tokens - 1
         fitted = [fit_prompt(self.lm.encode(prompt.text), room, prompt.task) for prompt in prompts]
         return list(enumerate(ids for ids, _ in fitted)), sum(cut > 0 for _, cut in fitted)
 

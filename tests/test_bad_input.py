@@ -265,6 +265,15 @@ def test_quantised_tensors(copy, dtype):
         load_model(copy, device="cpu")
 
 
+def test_a_tensor_that_is_a_single_number(copy):
+    """As the scales that quantised checkpoints keep."""
+    edit_tensors(copy, lambda tensors: tensors.update({"model.layers.1.self_attn.k_scale": torch.tensor(0.5)}))
+    assert load_model(copy, device="cpu").n_layers == 6
+    edit_tensors(copy, lambda tensors: tensors.update({"model.norm.weight": torch.tensor(1.0)}))
+    with refuses("model.norm.weight has shape ()", "config.json says", "do not match"):
+        load_model(copy, device="cpu", dtype="float64")
+
+
 def test_an_untied_head_must_be_there(copy):
     edit_tensors(copy, lambda tensors: tensors.pop("lm_head.weight"))
     with refuses("no tensor 'lm_head.weight'", "do not match"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lede_env
+from lede_env.engine.cuda import kernels_fit
 from lede_env.models.loading import load_model, resolve_device
 from lede_env.models.zoo import MODELS, find_spec
 from lede_env.policies import load_policy
@@ -125,6 +127,31 @@ def private_bytes():
     """This process's memory that no file backs; mapped pages of a checkpoint are the system's to drop."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+def test_one_file_is_the_model_whatever_lies_beside_it(checkpoint, tmp_path):
+    """As in transformers: other files hold adapters, or the model in another form."""
+    folder = shutil.copytree(checkpoint, tmp_path / "two")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, folder / "other.safetensors")
+    one, both = load_model(checkpoint, device="cpu"), load_model(folder, device="cpu")
+    assert both.fingerprint == one.fingerprint and torch.equal(both.embedding, one.embedding)
+
+
+def test_kernels_run_on_gpus_they_are_for_and_on_the_current_one(monkeypatch, tiny):
+    monkeypatch.setattr("lede_env.engine.cuda._has_triton", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("lede_env.engine.cuda._capability", lambda device: (7, 5) if device.index == 2 else (9, 0))
+    models = [replace(tiny, device=torch.device("cuda", index), idle=[]) for index in range(3)]
+    assert kernels_fit(models[0])
+    with pytest.warns(
+        UserWarning, match=r"runs eagerly on CUDA.* on cuda:1, which is not the current .*set_device\(1\) first"
+    ):
+        assert not kernels_fit(models[1])
+    with pytest.warns(UserWarning, match=r"runs eagerly on CUDA.*compute capability 7\.5, .* need 8\.0"):
+        assert not kernels_fit(models[2])
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert kernels_fit(models[1])
 
 
 @pytest.mark.gpu

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from benchmarks import learning_dynamics, paper_tables
-from benchmarks.harness import Player, rouge_l
+from benchmarks.harness import Player, rouge_l, time_methods
 from benchmarks.paper_cells import cells, paper_cell
 from benchmarks.paper_report import UNLIKE
+from benchmarks.paper_results import Results
 from benchmarks.paper_tables import Args, task_name, task_sources
 from benchmarks.tuning import GRIDS, MACHINE, Bench, Trial, score, score_static, search
 from lede_env import Autoregressive, DraftVerify, LayerSkip, LedeError, generate, load_policy, load_prompts
@@ -137,6 +139,13 @@ def test_other_settings_do_not_mix(rows, arguments):
         paper_tables.main(paper_tables.replace(arguments, prompts=3))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"seed'], ids=repr)
+def test_a_damaged_file_is_told(tmp_path, content):
+    (tmp_path / "tables.json").write_text(content)
+    with pytest.raises(LedeError, match=r"tables\.json is damaged .*; give another --out, or delete it"):
+        Results(tmp_path / "tables.json", "tiny", {"seed": 0})
+
+
 def test_acceptance_scores_a_static_setting_as_decoding_it_does(bench):
     bench, prompts = bench(), load_prompts("code", "validation")[:2]
     tables, decoded = ([Trial(LayerSkip(3, d)) for d in (2, 12)] for _ in range(2))
@@ -164,6 +173,21 @@ def test_what_a_method_learns_goes_on_in_prompt_order(bench):
     assert second.control.threshold == player.outs[1].control.threshold != first.control.threshold
 
 
+def test_on_a_gpu_every_text_is_decoded_before_it_is_timed(bench, monkeypatch):
+    """Its exits need graphs, whose capture would else fall on the timed run."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    bench, played = bench(), []
+    player = bench.player(LayerSkip(4, 3))
+    plain = player.play
+    player.play = lambda prompt: played.append((prompt[0], plain(prompt))) or played[-1][1]
+    prompts = bench.tokens(load_prompts("parse", "validation")[:3])[0]
+    timings = time_methods({"mine": player}, prompts, 1, bench.console, synchronise=True)
+    warm_up, timed = played[:-3], played[-3:]
+    assert [index for index, _ in timed] == [0, 1, 2] == sorted({index for index, _ in warm_up})
+    assert [out.token_ids for _, out in warm_up[-3:]] == [out.token_ids for _, out in timed]
+    assert timings["mine"].tokens == {index: out.token_ids for index, out in timed}
+
+
 def test_every_strategy_has_settings_to_try():
     assert set(GRIDS) == set(STRATEGIES) - {"oracle"}
 
@@ -173,6 +197,17 @@ def test_prompts_that_do_not_fit_are_cut_and_counted(bench):
     long = paper_tables.replace(prompt, text=prompt.text * 200)
     encoded, cut = bench.tokens([prompt, long])
     assert cut == 1 and len(encoded[1][1]) + 8 < bench.lm.geometry.context
+
+
+def test_a_twins_prompts_fit_its_donor(bench, tiny):
+    """Its own context is longer, but its donor plays the trials, and was not trained that far."""
+    bench, (prompt,) = bench(), load_prompts("summarization", "validation")[:1]
+    bench.lm, bench.donor = replace(tiny, geometry=replace(tiny.geometry, context=4096), idle=[]), tiny
+    long = replace(prompt, text=prompt.text * 12)
+    assert 2048 < len(tiny.encode(long.text)) < 4096
+    (encoded,), cut = bench.tokens([long])
+    assert cut == 1 and len(encoded[1]) + 8 < 2048
+    assert bench.trial_player(LayerSkip(4, 3))(encoded)[0]
 
 
 @pytest.mark.parametrize(

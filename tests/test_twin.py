@@ -277,6 +277,11 @@ def test_a_written_twin_is_marked(written, tmp_path):
             load_model(folder, device="cpu")
     (folder / "config.json").write_text(original)
     assert load_model(folder, device="cpu").weights == "twin"
+    unmarked = {name: value for name, value in config.items() if name != "lede_twin"}
+    (folder / "config.json").write_text(json.dumps(unmarked))
+    with pytest.raises(lede_env.LedeError, match="weights of a geometry twin of llama2-7b, but its config"):
+        load_model(folder, device="cpu")
+    (folder / "config.json").write_text(original)
     with pytest.raises(lede_env.LedeError, match="is not empty; name a new folder"):
         write_twin(reduced("llama2-7b"), folder, folder, CPU, torch.float32)
 
@@ -284,6 +289,7 @@ def test_a_written_twin_is_marked(written, tmp_path):
 def test_the_program_writes_a_twin_of_the_embedded_model(small_zoo, tiny, tmp_path, capsys):
     twin.main("llama3.2-1b", tmp_path / "twin", dtype="bfloat16", device="cpu")
     assert "the twin of llama3.2-1b; lede_env.load_model(" in capsys.readouterr().out
+    assert "A geometry twin, not llama3.2-1b:" in (tmp_path / "twin" / "README.md").read_text()
     with safe_open(tmp_path / "twin" / "model-00001-of-00001.safetensors", "pt") as file:
         assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
         assert "lm_head.weight" not in set(file.keys())

@@ -24,11 +24,13 @@ class FolderTensors(Tensors):
     def __init__(self, folder: Path, config: Any, device: torch.device, dtype: torch.dtype):
         super().__init__(config, device, dtype)
         self.folder = folder
+        self.metadata: dict[str, str] = {}  # of all files
         self.files = self._index()
 
     def _index(self) -> dict[str, Any]:
-        paths = sorted(self.folder.glob("*.safetensors"))
-        listing = self.folder / "model.safetensors.index.json"
+        single, listing = (self.folder / name for name in ("model.safetensors", "model.safetensors.index.json"))
+        # As transformers does: beside the one file there may be others, of adapters or in another form.
+        paths = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
         if listing.is_file():
             shards = _shard_names(listing)
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
@@ -46,6 +48,7 @@ class FolderTensors(Tensors):
             except (SafetensorError, OSError) as error:
                 raise LedeError(f"{path} is damaged or truncated ({error}); download it again") from error
             tensors.update(dict.fromkeys(handle.keys(), handle))
+            self.metadata |= handle.metadata() or {}
         beyond = self.geometry.n_layers
         if any(name.startswith(f"model.layers.{beyond}.") for name in tensors):
             raise LedeError(
@@ -82,7 +85,8 @@ class FolderTensors(Tensors):
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(self.files):
             part = self.files[name].get_slice(name)
-            first = part[:1].flatten()[:64].float().cpu()
+            values = part[:1] if part.get_shape() else self.files[name].get_tensor(name)  # single numbers cannot be cut
+            first = values.flatten()[:64].float().cpu()
             digest.update(f"{name}{part.get_shape()}".encode())
             digest.update(first.numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -138,6 +138,11 @@ def _load_folder(name: str, folder: Path, weights: str, device: torch.device, dt
     fingerprint = tensors.fingerprint(settings_of(config, tensors.geometry, eos_ids))
     if hasattr(config, MARK):
         return assemble(tensors, eos_ids=eos_ids, tokenizer=tokenizer, **read_mark(folder, config, fingerprint))
+    if MARK in tensors.metadata:
+        raise LedeError(
+            f"{folder} holds weights of a geometry twin of {tensors.metadata[MARK]}, but its config.json is not the "
+            "twin's; write it again with `python -m lede_env.models.twin`"
+        )
     spec = find_spec(name)
     return assemble(
         tensors,

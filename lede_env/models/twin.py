@@ -49,9 +49,14 @@ from lede_env.models.config import geometry_of, read_config, read_eos_ids, setti
 from lede_env.models.zoo import ModelSpec, twin_layer, twin_name, twin_spec
 
 CONTEXT = 4096  # for timing: beyond the donor's training length
-MARK = "lede_twin"  # what a written twin's config.json says of it
+MARK = "lede_twin"  # what a written twin's config.json says of it, and, of what model, each of its files
 SHARD = 2**31  # most bytes a written file, and of host memory while writing
 FILLER = 0.02  # standard deviation of what cannot reach the result
+CARD = """# {name}
+
+A geometry twin, not {of}: its matrices have that model's shapes, but compute the function of LEDE's embedded model.
+Speeds measured with it are those of the shapes; texts, and how many drafts are accepted, are the embedded model's.
+"""
 # The last channel. It adds CONSTANT^2 GAIN to every logit of a tied head, and takes CONSTANT GAIN FAR, over the root
 # mean square of the state, from those of tokens that the donor does not have.
 CONSTANT, GAIN, FAR = 2.0**-14, 2.0**12, 2.0**15
@@ -219,7 +224,7 @@ def _check_fit(spec: ModelSpec, config: Any, donor: Geometry) -> None:
 
 
 def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Write a twin as a Hugging Face folder: sharded safetensors, index, tokenizer, and last of all config.json.
+    """Write a twin as a Hugging Face folder: sharded safetensors, index, tokenizer, card, and last of all config.json.
 
     One shard at a time is in host memory. `load_model(folder)` knows it for a twin by the mark in config.json.
 
@@ -236,7 +241,8 @@ def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device,
     shards = list(_shards(tensors))
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file, names in zip(track(files, f"writing {folder}"), shards, strict=True):
-        save_file({name: tensors.get(name).cpu() for name in names}, folder / file, metadata={"format": "pt"})
+        metadata = {"format": "pt", MARK: spec.name}
+        save_file({name: tensors.get(name).cpu() for name in names}, folder / file, metadata=metadata)
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     total = sum(map(math.prod, tensors.shapes.values())) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -244,6 +250,7 @@ def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device,
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (donor / name).is_file():
             shutil.copy(donor / name, folder)
+    (folder / "README.md").write_text(CARD.format(name=twin_name(spec.name), of=spec.name))
     _write_config(tensors, donor, folder)
 
 

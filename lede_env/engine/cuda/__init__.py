@@ -13,6 +13,7 @@ import torch
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
+CAPABILITY = (8, 0)  # of the oldest GPUs that Triton compiles for
 _WARNED: WeakSet[LayeredLM] = WeakSet()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,6 +28,12 @@ def kernels_fit(lm: LayeredLM) -> bool:
         reason = f"{lm.dtype} has no kernels; use bfloat16, float16 or float32"
     elif not _has_triton():
         reason = "the package triton is missing; install a CUDA build of torch"
+    elif (capability := _capability(lm.device)) < CAPABILITY:
+        has, needs = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+        reason = f"its GPU has compute capability {has}, and Triton's kernels need {needs}"
+    elif lm.device.index not in (None, torch.cuda.current_device()):  # where kernels, streams and events go
+        there = lm.device.index
+        reason = f"it is on cuda:{there}, which is not the current device; call torch.cuda.set_device({there}) first"
     elif dim < 16 or dim & (dim - 1):
         reason = f"its heads have {dim} channels, which is no power of two from 16 on"
     else:
@@ -36,6 +43,11 @@ def kernels_fit(lm: LayeredLM) -> bool:
     _WARNED.add(lm)
     warnings.warn(f"model {lm.name!r} runs eagerly on CUDA, several times slower: {reason}", stacklevel=3)
     return False
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
