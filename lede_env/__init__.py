@@ -23,6 +23,7 @@ _PUBLIC = {
     "Del": "lede_env.decoding.strategies",
     "Lede": "lede_env.decoding.strategies",
     "load_policy": "lede_env.policies",
+    "Oracle": "lede_env.oracles",
     "load_dataset": "lede_env.offline.loading",
     "from_minari": "lede_env.data.exporters",
     "load_prompts": "lede_env.tasks",

@@ -37,9 +37,11 @@ def envs(*, json: bool = False) -> None:
     """
     from json import dumps
 
-    from lede_env.display.environments import environment_rows, environment_table
+    from lede_env.display.environments import environment_row, environment_table
+    from lede_env.registration import ENVIRONMENTS
 
-    rows = environment_rows()
+    with progress_bar(Console(stderr=True)) as bar:
+        rows = [environment_row(env_id) for env_id in bar.track(ENVIRONMENTS, description="optima by the traces")]
     if json:
         print(dumps(rows, indent=1))
     else:

@@ -372,7 +372,7 @@ def test_lede_envs(monkeypatch, capfd):
         assert row["weights_from"] in expected
         assert row["traces"] == ([] if row["id"] in REAL else [n for n, t in TRACES.items() if t.path.is_file()])
         returns = [row[name] for name in ("J_random", "reward_threshold", "J_oracle") if row[name] is not None]
-        assert len(returns) == (3 if row["id"] in TINY else 2 if row["id"] in TWINS else 0)
+        assert len(returns) == (0 if row["id"] in REAL else 3)
         assert returns == sorted(set(returns))
     table = lede(monkeypatch, capfd, "envs")
     assert all(env_id in table for env_id in ENVIRONMENTS) and "all / train" in table

@@ -16,15 +16,12 @@ from lede_env.models.zoo import MODELS
 from lede_env.registration import ENVIRONMENTS, mdp_of
 
 
-def environment_rows() -> list[dict[str, Any]]:
-    """One dict an id: `id`, `mdp`, every pinned value, `weights_from` ("wheel", "cache" of the hub, "hub", or "twin",
+def environment_row(env_id: str) -> dict[str, Any]:
+    """Of one id: `id`, `mdp`, every pinned value, `weights_from` ("wheel", "cache" of the hub, "hub", or "twin",
     which has none yet) and `traces`, the names of the shipped ones that it plays; mean returns over the test prompts,
     None where no trace tells: `J_random` of a fair coin, `J_oracle` of the clairvoyant optimum, and `reward_threshold`,
     which a policy that only observes reaches. JSON-able."""
-    return [_row(env_id, config) for env_id, config in ENVIRONMENTS.items()]
-
-
-def _row(env_id: str, config: ExitConfig) -> dict[str, Any]:
+    config = ENVIRONMENTS[env_id]
     traces = [trace for trace in traces_of(_played(config)) if trace.path.is_file()]
     played = any(trace.temperature == config.temperature for trace in traces)
     best = evaluate_oracle(env_id, split="test") if played else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
 
 from lede_env.errors import LedeError
 from lede_env.policies.files import SHIPPED, load_policy
@@ -43,13 +43,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`Oracle` lies with the tables that it looks into, which are made of this package: loaded when asked for."""
+def __getattr__(name: str) -> object:
+    """`Oracle` lies with the tables that it looks into, above this package: resolved on first use, as in `lede_env`."""
     if name != "Oracle":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lede_env.oracles import Oracle
-
-    return Oracle
+    return import_module("lede_env.oracles").Oracle
 
 
 def check_compatible(
