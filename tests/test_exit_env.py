@@ -630,6 +630,8 @@ def test_measuring_a_cost_model_needs_a_repeat_and_a_folder(tmp_path):
         cost_model.main(repeats=0)
     with pytest.raises(LedeError, match=r"there is no folder .*nowhere"):  # before measuring, which takes a while
         cost_model.main(out=tmp_path / "nowhere" / "costs.json")
+    with pytest.raises(LedeError, match="is a folder; name the file in it"):
+        cost_model.main(out=tmp_path)
 
 
 def test_bad_use_of_the_single_environment():

@@ -1,5 +1,8 @@
 """Products of many rows on a CPU: oneDNN's, on a packed copy of the weights, give what `@` gives."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -41,3 +44,25 @@ def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
         assert lede_env.load_model(tmp_path, device="cpu", dtype=dtype).packed is None
     monkeypatch.setattr(packed, "MOST", 1000)
     assert lede_env.load_model(tmp_path, device="cpu", dtype="float32").packed is None
+
+
+def test_a_model_that_was_packed_can_be_copied_and_pickled(tmp_path):
+    save_random_model(tmp_path)
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    states = torch.randn(packed.ROWS, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
+    logits = lm.logits(states)
+    assert lm.packed is not None
+    for other in (pickle.loads(pickle.dumps(lm)), copy.deepcopy(lm), copy.copy(lm)):
+        assert torch.equal(other.logits(states), logits) and other.packed is not lm.packed
+
+
+def test_gradients_of_many_rows_are_those_of_each(tmp_path):
+    """As who trains a probe or a lens through the head needs them."""
+    save_random_model(tmp_path)
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    states = torch.randn(packed.ROWS, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
+    together, each = states.clone().requires_grad_(), states.clone().requires_grad_()
+    lm.logits(together).logsumexp(-1).sum().backward()
+    torch.cat([lm.logits(row) for row in each.split(1)]).logsumexp(-1).sum().backward()
+    assert together.grad is not None
+    torch.testing.assert_close(together.grad, each.grad, atol=1e-5, rtol=1e-4)

@@ -278,7 +278,12 @@ def test_steps_out_of_turn_are_refused():
     actions = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(LedeError, match=re.escape("step() before reset(); call reset() first")):
         envs.step(actions)
-    for wrong, word in ((dict(seed=[1, 2]), "seed lists 2"), (dict(options={"prompt": 1}), "does not know")):
+    unknown = "does not know the option"
+    for wrong, word in (
+        (dict(seed=[1, 2]), "seed lists 2"),
+        (dict(options={"prompt": 1}), unknown),
+        (dict(options=["prompt"]), unknown),
+    ):
         with pytest.raises(LedeError, match=word):
             envs.reset(**wrong)
     envs.reset(seed=0)

@@ -292,6 +292,8 @@ def main(
         raise LedeError(f"--repeats {repeats} must be at least 1")
     if out is not None and not out.parent.is_dir():
         raise LedeError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    if out is not None and out.is_dir():
+        raise LedeError(f"--out {out} is a folder; name the file in it")
     found = measure(model, device, weights=weights, repeats=repeats)
     found = replace(found, name=name or found.name)
     path = out or Path(f"{found.name}.json")

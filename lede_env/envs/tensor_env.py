@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class TensorVectorEnv(VectorWrapper):
 
     The wrapped environment says what is played, and is not played itself: its own state neither counts nor moves. It
     must come straight from `gym.make_vec`, with `backend="trace"`. A language model's environment (`backend="live"`)
-    is refused, for its steps end on the host.
+    is refused, for its steps end on the host. Most of Gymnasium's own vector wrappers, `RecordEpisodeStatistics` among
+    them, compute in numpy and fail on tensors: sum rewards by `torch` instead.
 
     ## Actions
     (N,) of a whole type or booleans, on the device. 1 exits. Values are not looked at, since that would wait for the
@@ -58,8 +60,8 @@ class TensorVectorEnv(VectorWrapper):
         if not isinstance(envs, TextVectorEnv) or not isinstance(envs._table, TraceBackend):
             raise LedeError(
                 f"TensorVectorEnv plays recorded traces on the device; {envs!r} is no vector environment of a trace; "
-                'wrap what gym.make_vec(ID, num_envs=N, backend="trace") returns, and put other wrappers around that; '
-                "a language model's environment gives arrays, which torch.as_tensor takes"
+                'wrap what gym.make_vec(ID, num_envs=N, backend="trace") returns, and around that only what takes '
+                "tensors; a language model's environment gives arrays, which torch.as_tensor takes"
             )
         super().__init__(envs)
         self.device = resolve_device(device)
@@ -78,7 +80,9 @@ class TensorVectorEnv(VectorWrapper):
         self._begun = self._all_begun = False  # lanes were reset: some, all
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:  # type: ignore[override]
-        asked = self._asked(seed, {name: _on_host(value) for name, value in (options or {}).items()})
+        if isinstance(options, Mapping):
+            options = {name: _on_host(value) for name, value in options.items()}
+        asked = self._asked(seed, options)
         lanes, chosen, seeded = self._put(asked.lanes), self._put(asked.prompts), self._put(asked.seeded)
         self._texts.seed(seeded, self._put(asked.keys.view("int64")))
         self._prompt_over = self._prompt_over | seeded | (lanes & (chosen >= 0))
