@@ -19,9 +19,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo
 
-# One process a core, each with whole files, so that what a file loads is loaded once.
+# A process more than there are cores, for some tests wait; each begins with files of its own, and helps out at the end.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
 
 # The report page in Chromium (`apt-get install chromium`); `make test` skips this where there is none.
 browser: $(STAMP)

@@ -36,12 +36,11 @@ _MODELS: dict[str, tuple[str, str, float]] = {
 # Mean return over the test prompts (`split="test"`) of the observation-limited reference, trees that learned from the
 # training prompts with full information: python -m agents.reference_trees --env-id ID. A slow test recomputes it.
 # Twins play the embedded model's trace, at their own depths; of the real weights nobody here has a trace.
+_SAME = ("Tiny", "Llama3.2-1B-Twin", "Llama2-7B-Twin", "CodeLlama-7B-Twin", "CodeLlama-34B-Twin")
 _THRESHOLDS = {
-    "LEDE-Tiny-v0": 177.2,
-    "LEDE-Tiny-Draft-v0": 148.0,
-    **{f"LEDE-{label}-Twin-v0": 177.2 for label in ("Llama3.2-1B", "Llama2-7B", "CodeLlama-7B", "CodeLlama-34B")},
-    **{f"LEDE-{label}-Twin-Draft-v0": 150.3 for label in ("Llama3.2-1B", "Llama2-7B", "CodeLlama-7B", "CodeLlama-34B")},
-    "LEDE-Llama2-13B-Twin-v0": 176.0,
+    **{f"LEDE-{label}-v0": 177.2 for label in _SAME},
+    **{f"LEDE-{label}-Draft-v0": 150.3 for label in _SAME},
+    "LEDE-Llama2-13B-Twin-v0": 176.0,  # whose 40 layers the candidates divide otherwise
     "LEDE-Llama2-13B-Twin-Draft-v0": 149.3,
 }
 
