@@ -48,6 +48,7 @@ class Args:
     env_ids: tuple[str, ...] = ENV_IDS  # each by its own cost model
     temperatures: tuple[float, ...] = (0.0, 0.6)
     split: str = "test"
+    trace: str | None = None  # name or file of a trace of other prompts, at one temperature; by default those that ship
     reference: bool = True  # boosted trees too: a minute for each environment and temperature
     out: Path | None = None  # folder for policy_limits.csv, .md and .json; by default benchmarks/results/cpu
 
@@ -61,12 +62,13 @@ def main(args: Args) -> None:
             rows += compare(args, env_id, temperature, policies)
     print_table(f"modelled speedup, {args.split} prompts, embedded model", rows, console)
     about = {"command": " ".join(["python -m benchmarks.policy_limits", *sys.argv[1:]]), **machine()}
-    write_results(args.out or RESULTS / "cpu", "policy_limits", rows, about)
+    name = "policy_limits" if args.trace is None else f"policy_limits-{Path(args.trace).stem}"
+    write_results(args.out or RESULTS / "cpu", name, rows, about)
 
 
 def compare(args: Args, env_id: str, temperature: float, policies: dict[str, TrainedPolicy]) -> list[dict[str, Any]]:
     """The rows of one environment and temperature."""
-    settings: dict[str, Any] = dict(backend="trace", temperature=temperature, reward="throughput")
+    settings: dict[str, Any] = dict(backend="trace", trace=args.trace, temperature=temperature, reward="throughput")
     env: Any = gym.make(env_id, split=args.split, features="extended", **settings).unwrapped
     table = tabulate(env)
     assert isinstance(table, DraftTable)
@@ -82,7 +84,7 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
     played["clairvoyant"] = best = table.fastest()
     about = {"environment": env_id, "costs": cost_model, "T": temperature}
     rows = [row_of(name, totals, played[TUNED], static, best, table.mdp) for name, totals in played.items()]
-    return [{**about, **row} for row in rows]
+    return [{"policy": row["policy"], **about, **row} for row in rows]
 
 
 def best_fixed(table: DraftTable, costs: CostModel) -> tuple[str, Totals]:
