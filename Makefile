@@ -21,7 +21,7 @@ demo: $(STAMP)
 
 # A process more than there are cores, for some tests wait; each begins with files of its own, and helps out at the end.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$($(PY) -c 'import os; print(os.cpu_count() + 1)') --dist worksteal
 
 # The report page in Chromium (`apt-get install chromium`); `make test` skips this where there is none.
 browser: $(STAMP)

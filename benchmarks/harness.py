@@ -299,10 +299,9 @@ def print_table(title: str, rows: list[dict[str, Any]], console: Console) -> Non
         console.print(table)
 
 
-def side_by_side(
-    rows: list[dict[str, Any]], widths: dict[str, int], room: int, border: int = 3
-) -> list[tuple[list[str], list[str]]]:
+def side_by_side(rows: list[dict[str, Any]], widths: dict[str, int], room: int) -> list[tuple[list[str], list[str]]]:
     """(columns that name a row, other columns) of each table that a console of that width has room for."""
+    border = 3  # beside each column
     columns = list(widths)
     texts = next((i for i, column in enumerate(columns) if not isinstance(rows[0].get(column), str)), len(columns))
     names = columns[: max(1, texts)]
@@ -317,9 +316,9 @@ def side_by_side(
     return [(names, part) for part in parts]
 
 
-def width_of(column: str, rows: list[dict[str, Any]], most: int = 32) -> int:
-    """Of its longest cell: headings break between words, and what is longer than `most` folds."""
-    return max(*map(len, column.split()), *(min(len(shown(row.get(column, ""))), most) for row in rows))
+def width_of(column: str, rows: list[dict[str, Any]]) -> int:
+    """Of its longest cell: headings break between words, and what is longer than 32 folds."""
+    return max(*map(len, column.split()), *(min(len(shown(row.get(column, ""))), 32) for row in rows))
 
 
 def shown(value: Any) -> str:

@@ -164,9 +164,7 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
     return {MACHINE: measured, **named}
 
 
-def settings_of(
-    args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: LayeredLM | None = None
-) -> dict[str, Any]:
+def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: LayeredLM | None) -> dict[str, Any]:
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
     return {
