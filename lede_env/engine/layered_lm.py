@@ -19,6 +19,7 @@ from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
+    from lede_env.engine.acceptance_head import AcceptanceHead
     from lede_env.engine.kv_cache import KVCache, Span
     from lede_env.engine.session import Session
 
@@ -74,6 +75,7 @@ class LayeredLM:
     norm_eps: Tensor  # (), float32 at least
     rope: Tensor  # (context + margin, D / 2) complex: the rotation of each pair at each position
     donor_layers: int | None = None  # of a twin: the depth of the model whose function it computes
+    acceptance_head: AcceptanceHead | None = None  # of a model that comes with one
     idle: list = field(default_factory=list)  # sessions on CUDA between two uses, for their graphs
 
     def __repr__(self) -> str:
@@ -147,9 +149,13 @@ class LayeredLM:
         turned = rotate(qkv[:, :, : heads + kv_heads], turn)
         return cache.attend(index, span, turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
 
+    def normed(self, x: Tensor) -> Tensor:
+        """(N, H) un-normed states -> (N, H) what the LM head reads."""
+        return rms_norm(x, self.final_norm, self.norm_eps)
+
     def logits(self, x: Tensor) -> Tensor:
         """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
-        normed, packed = rms_norm(x, self.final_norm, self.norm_eps), self._packed_for(x, len(x))
+        normed, packed = self.normed(x), self._packed_for(x, len(x))
         logits = times(normed, packed.head) if packed else normed @ self.head
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 

@@ -8,7 +8,7 @@ from lede_env.engine.signals import CONFIDENCE_K as TOP
 from lede_env.engine.signals import LOG_FLOOR, Signals
 
 # A read-out, float32: the TOP largest logits, their tokens, and these.
-LOG_SUM, ENTROPY, GUESS, TOKEN, TOKEN_LOGIT = range(2 * TOP, 2 * TOP + 5)
+LOG_SUM, ENTROPY, GUESS, TOKEN, TOKEN_LOGIT, ODDS, SLOPE, AHEAD = range(2 * TOP, 2 * TOP + 8)
 SIZE = 32
 
 
@@ -36,3 +36,7 @@ class ReadSignals(Signals):
     @property
     def token_logit(self) -> float:
         return self.values[TOKEN_LOGIT]
+
+    @property
+    def outlook(self) -> tuple[float, float, float]:
+        return self.values[ODDS], self.values[SLOPE], self.values[AHEAD]

@@ -30,10 +30,13 @@ LOG_FLOOR = -30.0  # keeps every bound finite
 PAPER_FEATURES = ("confidence", "entropy", "trace")
 EXIT_FEATURES = (*PAPER_FEATURES, "layer", "margin", "top1", "match", "echo")
 DRAFT_FEATURES = (*EXIT_FEATURES, "phase", "position", "doubt", "temperature", "drawn", "peril")
+HEAD_FEATURES = ("risk", "odds", "ahead")  # of the draft MDP, for models with an acceptance head
 MDP_FEATURES = {"exit": EXIT_FEATURES, "draft": DRAFT_FEATURES}
+KNOWN_FEATURES = {"exit": EXIT_FEATURES, "draft": (*DRAFT_FEATURES, *HEAD_FEATURES)}
+OUTLOOK = 3  # numbers an acceptance head says of a draft: odds, slope, ahead
 
 # What each feature is: weights of the inputs, which are the raw signals and then the context.
-CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn", "peril")
+CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn", "peril", *HEAD_FEATURES)
 INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
@@ -47,10 +50,13 @@ LOOKUP_FEATURES = {"match", "echo"}
 
 
 def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
-    """Feature names of "paper", "extended" or a sequence of names, checked against what the MDP has."""
-    known = MDP_FEATURES[mdp]
+    """Feature names of "paper", "extended" or a sequence of names, checked against what the MDP has.
+
+    "extended" leaves out `HEAD_FEATURES`, which a model without an acceptance head cannot give; name them.
+    """
+    known = KNOWN_FEATURES[mdp]
     if isinstance(features, str):
-        sets = {"paper": PAPER_FEATURES, "extended": known}
+        sets = {"paper": PAPER_FEATURES, "extended": MDP_FEATURES[mdp]}
         if features not in sets:
             raise LedeError(f"features={features!r} is unknown; use 'paper', 'extended' or a tuple of {known}")
         return sets[features]
@@ -65,7 +71,7 @@ def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.nda
     """Lowest and highest value of each feature, float32."""
     floor = -LOG_FLOOR
     high = {"entropy": math.log(vocab), "layer": 1.0, "match": 1.0, "phase": 2.0, "position": 1.0, "temperature": 1.0}
-    low = {"phase": 1.0, "peril": LOG_FLOOR}
+    low = {"phase": 1.0, "peril": LOG_FLOOR, "odds": LOG_FLOOR, "ahead": LOG_FLOOR}
     names = tuple(names)
     return (
         np.array([low.get(name, 0.0) for name in names], np.float32),
@@ -130,11 +136,14 @@ def compute_features(
     temperature: float = 0.0,
     drawn: np.ndarray | float = 0.0,
     peril: np.ndarray | float = LOG_FLOOR,
+    risk: np.ndarray | float = 0.0,
+    odds: np.ndarray | float = 0.0,
+    ahead: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
     inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn, peril)
+    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn, peril, risk, odds, ahead)
     for place, value in enumerate(context, RAW):
         inputs[..., place] = value
     # Not by BLAS: there the last bit depends on the number of threads, and datasets are compared bit for bit.
@@ -156,6 +165,16 @@ def draft_peril(doubt: float, coin: float) -> float:
     below q, and the higher the coin, the less of that it takes.
     """
     return min(max(doubt + math.log(max(coin, 2.0**-53)), LOG_FLOOR), -LOG_FLOOR)
+
+
+def draft_odds(odds: float, slope: float, coin: float) -> float:
+    """Log-odds, within +-30, that a draft is accepted, by the acceptance head's answer and the draft's coin."""
+    return min(max(odds - slope * math.log(max(coin, 2.0**-53)), LOG_FLOOR), -LOG_FLOOR)
+
+
+def draft_risk(log_odds: float) -> float:
+    """-log of the probability with these log-odds, in [0, 30]."""
+    return min(math.log1p(math.exp(-log_odds)), -LOG_FLOOR)
 
 
 def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -208,6 +227,7 @@ class Signals:
     guess: tuple[int, float] = NO_GUESS  # the lookup's token, and how long a match it comes from
     doubt: float = 0.0  # sum of `draft_doubt` over the drafts made so far this round
     peril: float = LOG_FLOOR  # the largest `draft_peril` of those
+    risk: float = 0.0  # -log of the probability that those are all accepted, by the acceptance head
     temperature: float = 0.0  # of sampling
     token: int = -1  # drawn from this distribution, once it is
     coin: float = 1.0  # that will decide its acceptance; greedy decoding leaves nothing to chance
@@ -257,6 +277,17 @@ class Signals:
         return draft_peril(self.own_doubt, self.coin)
 
     @property
+    def outlook(self) -> tuple[float, float, float]:
+        """What the acceptance head says of the token drawn: odds, slope and ahead."""
+        raise NotImplementedError
+
+    @property
+    def own_odds(self) -> float:
+        """`draft_odds` of the token drawn."""
+        odds, slope, _ = self.outlook
+        return draft_odds(odds, slope, self.coin)
+
+    @property
     def probability(self) -> float:
         """Probability of the token drawn, at temperature 1."""
         return math.exp(self.log_p_max - self.shortfall)
@@ -294,9 +325,21 @@ def _echo(signals: Signals) -> float:
     return min(signals.largest(1)[0] - signals.guess_logit, -LOG_FLOOR)
 
 
+def _drawn(signals: Signals) -> bool:
+    """Whether the decision follows a draw: phase 1 decides before it, and so does a walk in phase 2."""
+    return signals.position > 0 and signals.token >= 0
+
+
 def _peril(signals: Signals) -> float:
-    known = signals.position and signals.token >= 0
-    return max(signals.peril, signals.own_peril) if known else signals.peril
+    return max(signals.peril, signals.own_peril) if _drawn(signals) else signals.peril
+
+
+def _risk(signals: Signals) -> float:
+    return min(signals.risk + draft_risk(signals.own_odds), -LOG_FLOOR) if _drawn(signals) else 0.0
+
+
+def _ahead(signals: Signals) -> float:
+    return min(max(signals.outlook[2], LOG_FLOOR), -LOG_FLOOR) if _drawn(signals) else 0.0
 
 
 _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
@@ -312,9 +355,11 @@ _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
     "position": lambda signals: signals.position / signals.cap,
     "doubt": lambda signals: min(signals.doubt, -LOG_FLOOR),
     "temperature": lambda signals: warmth(signals.temperature),
-    # Phase 1 decides before the draw, and so does a walk in phase 2.
-    "drawn": lambda signals: signals.shortfall if signals.position and signals.token >= 0 else 0.0,
+    "drawn": lambda signals: signals.shortfall if _drawn(signals) else 0.0,
     "peril": _peril,
+    "risk": _risk,
+    "odds": lambda signals: signals.own_odds if _drawn(signals) else 0.0,
+    "ahead": _ahead,
 }
 
 
@@ -323,11 +368,13 @@ class LogitSignals(Signals):
     """Signals of (V,) logits, each computed when it is asked for: not asking costs nothing."""
 
     logits: Tensor = field(kw_only=True)
+    head: Callable[[int, Tensor], Tensor] | None = None  # the drawn token and the logits to its `outlook`, (1, 3)
     lap: Callable[[str], None] = no_lap  # the profile's stopwatch
     _log_p: Tensor | None = None
     _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
     _best: int = -1
     _two: list[float] | None = None
+    _outlook: tuple[float, float, float] | None = None
 
     @property
     def log_p(self) -> Tensor:
@@ -382,3 +429,13 @@ class LogitSignals(Signals):
     @property
     def token_logit(self) -> float:
         return float(self.numbers[self.token])
+
+    @property
+    def outlook(self) -> tuple[float, float, float]:
+        if self._outlook is None:
+            assert self.head is not None  # whoever reads it has one
+            self.lap("policy")
+            odds, slope, ahead = self.head(self.token, self.logits)[0].tolist()
+            self._outlook = odds, slope, ahead
+            self.lap("signals")
+        return self._outlook

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from lede_env.engine.acceptance_head import load_head
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
 from lede_env.models.assembly import assemble
 from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import read_config, read_eos_ids, settings_of
 from lede_env.models.twin import MARK, read_mark, twin_model
-from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_spec
+from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_layer, twin_spec
 
 EMBEDDED = Path(__file__).parent / "tiny"
+HEAD = "acceptance_head"  # folder, in a model's, of its acceptance head
 _loaded: dict[tuple, LayeredLM] = {}
 
 
@@ -46,14 +49,30 @@ def load_model(
         raise LedeError(f"weights={weights!r} is unknown; use 'auto' or 'twin'")
     twin = twin_spec(str(name)) if weights == "twin" else find_twin(str(name))
     folder, origin = (EMBEDDED, "twin") if twin else resolve_folder(name)
-    files = sorted(path for pattern in ("*.json", "*.safetensors") for path in folder.glob(pattern))
+    patterns = ("*.json", "*.safetensors", f"{HEAD}/head.*")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
     key = (str(folder.resolve()), state, origin, twin, str(where), kind)
-    if key not in _loaded and twin:
-        _loaded[key] = twin_model(twin, folder, where, kind)
-    elif key not in _loaded:
-        _loaded[key] = _load_folder(str(name), folder, origin, where, kind)
+    if key not in _loaded:
+        lm = twin_model(twin, folder, where, kind) if twin else _load_folder(str(name), folder, origin, where, kind)
+        _loaded[key] = _with_head(lm, folder / HEAD)
     return _loaded[key]
+
+
+def _with_head(lm: LayeredLM, folder: Path) -> LayeredLM:
+    """The model with the acceptance head in a folder, where there is one. A twin takes its donor's."""
+    if not folder.is_dir():
+        return lm
+    head = load_head(folder)
+    if head.fingerprint != lm.fingerprint:
+        raise LedeError(
+            f"the acceptance head in {folder} was trained for a model with fingerprint {head.fingerprint}, but "
+            f"{lm.name!r} has {lm.fingerprint}; remove it, or train one: python -m agents.acceptance_head"
+        )
+    if lm.donor_layers is not None:
+        layers = tuple(twin_layer(layer, lm.donor_layers, lm.n_layers) for layer in head.candidate_layers)
+        head = replace(head, candidate_layers=layers)
+    return replace(lm, acceptance_head=head.to(lm.device))
 
 
 def resolve_device(device: str) -> torch.device:

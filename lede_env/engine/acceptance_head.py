@@ -1,0 +1,154 @@
+"""The acceptance head: what an early layer's state tells of whether the draft made there will be accepted.
+
+A small network beside the LM head, trained on the model's own texts (`agents/acceptance_head.py`), after the acceptance
+prediction head of SpecDec++ (Huang et al., 2024). It reads the normed state that the LM head reads, the draft x, and a
+few signals of its distribution, and says three numbers:
+
+- odds a and slope k > 0: a draft whose coin is u is accepted with log-odds a - k log u. Speculative sampling accepts
+  where u < p(x) / q(x); greedy decoding has no coin, which is u = 1.
+- ahead: the log-odds that the draft after it is accepted, should this one be.
+
+All of it is known once x is drawn, so whether another draft is made may depend on it (design section 4).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from lede_env.engine.signals import CONFIDENCE_K, OUTLOOK, entropy, log_probabilities, shortfalls, warmth
+from lede_env.errors import LedeError
+
+if TYPE_CHECKING:
+    from lede_env.engine.layered_lm import LayeredLM
+
+INPUTS = CONFIDENCE_K + 3  # besides state and draft
+STEEPEST = 5.0  # bound of |log slope|
+TENSORS = ("state", "token", "signals", "bias", "middle", "middle_bias", "out", "out_bias")
+
+
+def sharpness(log_p: Tensor) -> Tensor:
+    """(..., V) log-probabilities at T = 1 -> (..., 6) the five largest, and the entropy."""
+    return torch.cat([log_p.topk(CONFIDENCE_K, dim=-1).values, entropy(log_p).unsqueeze(-1)], -1)
+
+
+def inputs_of(sharp: Tensor, shortfall: Tensor, warm: Tensor) -> Tensor:
+    """(N, 6) `sharpness`, (N,) shortfall of x, nats, and (N,) T / (1 + T) -> (N, INPUTS), of about unit size."""
+    return torch.cat([sharp / 4, shortfall.unsqueeze(-1) / 4, warm.unsqueeze(-1) * 2], -1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AcceptanceHead:
+    """U hidden units, twice, over a state of d channels; of a twin, its donor's, which are the first d. float32.
+
+    state (d, U); token (V, U), a row for each token of the donor; signals (INPUTS, U); bias (C, U), one of each
+    candidate layer; middle (U, U), middle_bias (U,); out (U, 3), out_bias (3,).
+    """
+
+    fingerprint: str  # of the model it was trained for
+    candidate_layers: tuple[int, ...]
+    state: Tensor
+    token: Tensor
+    signals: Tensor
+    bias: Tensor
+    middle: Tensor
+    middle_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+    def candidate(self, layer: int) -> int:
+        """Place of a layer among the candidates."""
+        if layer not in self.candidate_layers:
+            raise LedeError(
+                f"the acceptance head was trained at layers {self.candidate_layers}, not at {layer}; draft at one of "
+                "these, or train another: python -m agents.acceptance_head"
+            )
+        return self.candidate_layers.index(layer)
+
+    def read(
+        self, lm: LayeredLM, states: Tensor, logits: Tensor, tokens: Tensor, layer: int, temperature: float
+    ) -> Tensor:
+        """(N, H) un-normed states at a layer, their (N, V) logits, (N,) drafts -> (N, 3) odds, slope and ahead."""
+        normed = lm.normed(states)[:, : len(self.state)].float()
+        warm = torch.full_like(logits[:, 0], warmth(temperature))
+        inputs = inputs_of(sharpness(log_probabilities(logits)), shortfalls(logits, tokens), warm)
+        return self.outlook(normed, tokens, inputs.float(), self.candidate(layer))
+
+    def outlook(self, normed: Tensor, tokens: Tensor, inputs: Tensor, candidate: int) -> Tensor:
+        """(N, d) normed states, (N,) drafts, (N, INPUTS) `inputs_of`, place of the layer -> (N, 3)."""
+        hidden = torch.addmm(self.bias[candidate], normed, self.state).addmm_(inputs, self.signals)
+        # A twin's tokens beyond its donor's are never drafted, but for chance: they share the last row.
+        hidden = torch.relu_(hidden.add_(self.token[tokens.clamp_max(len(self.token) - 1)]))
+        answer = torch.addmm(self.out_bias, torch.relu_(torch.addmm(self.middle_bias, hidden, self.middle)), self.out)
+        answer[:, 1].clamp_(-STEEPEST, STEEPEST).exp_()
+        return answer
+
+    @classmethod
+    def of(cls, net: Any, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:
+        """Of a trained `agents.acceptance_head.Net`."""
+        tensors = {
+            "state": net.state.weight.T,
+            "token": net.embedding @ net.token.weight.T,
+            "signals": net.signals.weight.T,
+            "bias": net.layer.weight + net.state.bias,
+            "middle": net.middle.weight.T,
+            "middle_bias": net.middle.bias,
+            "out": net.out.weight.T,
+            "out_bias": net.out.bias,
+        }
+        # Halves: the file is a third of the size, and what is loaded is what was tested.
+        arrays = {name: tensor.detach().cpu().half().float().contiguous() for name, tensor in tensors.items()}
+        return cls(lm.fingerprint, lm.candidate_layers, **arrays, training=training)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write head.safetensors (float16) and head.json into a folder, made if missing; returns it."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: getattr(self, name).half() for name in TENSORS}, folder / "head.safetensors")
+        about = {
+            "model_fingerprint": self.fingerprint,
+            "candidate_layers": list(self.candidate_layers),
+            "training": self.training,
+        }
+        (folder / "head.json").write_text(json.dumps(about, indent=2) + "\n")
+        return folder
+
+
+def load_head(folder: str | Path) -> AcceptanceHead:
+    """Read what `AcceptanceHead.save` wrote.
+
+    Raises:
+        LedeError: a file is missing or damaged, or the two do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "head.json").read_text())
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / "head.safetensors").items()}
+        head = AcceptanceHead(
+            about["model_fingerprint"], tuple(about["candidate_layers"]), training=about["training"], **tensors
+        )
+        d, units = head.state.shape
+        shapes = [(d, units), (len(head.token), units), (INPUTS, units), (len(head.candidate_layers), units),
+                  (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
+        if [tuple(getattr(head, name).shape) for name in TENSORS] != shapes:
+            raise ValueError(f"shapes {[tuple(getattr(head, name).shape) for name in TENSORS]}; expected {shapes}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise LedeError(
+            f"{folder} holds no readable acceptance head ({error!r}); copy head.json and head.safetensors again, or "
+            "train one: python -m agents.acceptance_head"
+        ) from error
+    return head
