@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
-from lede_env.engine.acceptance_head import INPUTS, OUTLOOK, AcceptanceHead, inputs_of
+from lede_env.engine.acceptance_head import INPUTS, AcceptanceHead, inputs_of, sharpness
 from lede_env.engine.layered_lm import rms_norm
-from lede_env.engine.signals import CONFIDENCE_K, entropy, log_probabilities, warmth
+from lede_env.engine.signals import OUTLOOK, log_probabilities, warmth
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_folder
 from lede_env.tasks import fit_prompt, load_prompts
@@ -56,8 +56,9 @@ class Args:
     device: str = "auto"
     seed: int = 0
 
-    hidden: int = 512
-    epochs: float = 8.0
+    hidden: int = 256
+    epochs: float = 24.0
+    dropout: float = 0.15
     learning_rate: float = 2e-3
     rows: int = 8192  # positions a step
 
@@ -111,8 +112,8 @@ class Model:
     def positions(self, texts: Sequence[tuple[int, list[int]]], seed: int) -> dict[str, Tensor]:
         """What the head learns from, position by position, N in all; C candidates, K `CLASSES`.
 
-        state (N, C, H) normed; sharp (N, C, 6) the largest log-probabilities and the entropy; target (N,) and its
-        shortfall (N, C); warmth (N, K); draft (N, C, K) with its shortfall, chance p(x) / q(x) and the expected chance; last (N,) of a text.
+        state (N, C, H) normed; sharp (N, C, 6) `sharpness`; target (N,) and its shortfall (N, C); warmth (N, K); draft
+        (N, C, K) with its shortfall, chance p(x) / q(x) and the expected chance; last (N,) of a text.
         """
         generator, parts = torch.Generator(self.device).manual_seed(seed), []
         ordered = sorted(texts, key=lambda text: len(text[1]))
@@ -160,7 +161,7 @@ class Model:
             for name, value in zip(made, (warm, draft.int(), short, chance, expected), strict=True):
                 made[name].append(value)
         of_target = best - logits.gather(-1, targets[:, None, None].expand(-1, width, 1))[..., 0]
-        sharp = torch.cat([log_p.topk(CONFIDENCE_K, dim=-1).values, entropy(log_p).unsqueeze(-1)], -1)
+        sharp = sharpness(log_p)
         fixed = {"state": states.half(), "sharp": sharp, "target": targets.int(), "target_shortfall": of_target}
         return fixed | {name: torch.stack(values, -1) for name, values in made.items()}
 
@@ -168,7 +169,7 @@ class Model:
 class Net(torch.nn.Module):
     """The head while it learns; `AcceptanceHead.of` computes the same."""
 
-    def __init__(self, hidden: int, state: int, embedding: Tensor, layers: int, drop: float = 0.1):
+    def __init__(self, hidden: int, state: int, embedding: Tensor, layers: int, drop: float):
         super().__init__()
         self.register_buffer("embedding", embedding / embedding.std())
         self.state = torch.nn.Linear(state, hidden)
@@ -282,7 +283,8 @@ def main(args: Args) -> None:
         data = gather(args, model, bar)
         torch.manual_seed(args.seed)
         embedding = model.lm.embedding.to(model.device)
-        net = Net(args.hidden, model.final_norm.shape[0], embedding, len(model.layers)).to(model.device)
+        net = Net(args.hidden, model.final_norm.shape[0], embedding, len(model.layers), args.dropout)
+        net = net.to(model.device)
         # Out of inference mode, which no gradient passes.
         data = {split: {name: value.clone() for name, value in arrays.items()} for split, arrays in data.items()}
         rows = fit(data, args, net, bar)

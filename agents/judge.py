@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import gymnasium as gym
 
+from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.evaluation import Evaluation
 from lede_env.oracles import DraftTable, ExitTable, tabulate
 from lede_env.policies import RandomPolicy, check_compatible
@@ -46,14 +47,16 @@ class Problem:
         )
 
 
-def problem(env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Problem:
-    """The problem that an environment poses on the prompts of a split."""
-    return _problem(env_id, split, json.dumps(env_kwargs, sort_keys=True))
+def problem(env_id: str, split: str, env_kwargs: Mapping[str, Any], reads: Sequence[str] = ()) -> Problem:
+    """The problem that an environment poses on the prompts of a split; `reads`: features of an acceptance head too."""
+    beyond = tuple(name for name in reads if name in HEAD_FEATURES)
+    return _problem(env_id, split, json.dumps(env_kwargs, sort_keys=True), beyond)
 
 
 @lru_cache(maxsize=8)
-def _problem(env_id: str, split: str, env_kwargs: str) -> Problem:
-    kwargs = {"backend": "trace", **json.loads(env_kwargs), "split": split, "features": "extended"}
+def _problem(env_id: str, split: str, env_kwargs: str, beyond: tuple[str, ...]) -> Problem:
+    features = extended_with(beyond, "draft") if beyond else "extended"
+    kwargs = {"backend": "trace", **json.loads(env_kwargs), "split": split, "features": features}
     env: Any = gym.make(env_id, **kwargs).unwrapped
     table = tabulate(env)
     random, oracle = table.play(table.decisions(RandomPolicy())), table.oracle()
@@ -62,4 +65,4 @@ def _problem(env_id: str, split: str, env_kwargs: str) -> Problem:
 
 def judge(policy: Any, env_id: str, split: str, env_kwargs: Mapping[str, Any]) -> Evaluation:
     """What a policy does on an environment's prompts, exactly: `Problem.judge`."""
-    return problem(env_id, split, env_kwargs).judge(policy)
+    return problem(env_id, split, env_kwargs, getattr(policy, "features", ())).judge(policy)

@@ -99,7 +99,10 @@ def settings_of(trace: str, args: Args) -> dict[str, Any]:
 
 def train(args: Args, report: Callable[[dict], None] = lambda row: None) -> tuple[TreePolicy, list[dict]]:
     """Fitted policy iteration; returns the best policy on the validation prompts, and a row an iteration."""
-    problems = {split: [problem(ENV_ID, split, settings_of(trace, args)) for trace in args.traces] for split in SPLITS}
+    problems = {
+        split: [problem(ENV_ID, split, settings_of(trace, args), args.features) for trace in args.traces]
+        for split in SPLITS
+    }
     known, *others = (each.env.attributes for each in problems["train"])
     if any(other[key] != known[key] for other in others for key in ("model_fingerprint", "candidate_layers")):
         raise LedeError(f"traces {args.traces} are of different models or candidate layers; give traces of one model")

@@ -29,6 +29,7 @@ from benchmarks.harness import RESULTS, machine, print_table, ratio_interval, wr
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model
+from lede_env.engine.signals import extended_with
 from lede_env.envs.draft_mdp import DraftMDP
 from lede_env.evaluation import best_static, static_result
 from lede_env.oracles import DraftTable, Totals, tabulate
@@ -69,7 +70,8 @@ def main(args: Args) -> None:
 def compare(args: Args, env_id: str, temperature: float, policies: dict[str, TrainedPolicy]) -> list[dict[str, Any]]:
     """The rows of one environment and temperature."""
     settings: dict[str, Any] = dict(backend="trace", trace=args.trace, temperature=temperature, reward="throughput")
-    env: Any = gym.make(env_id, split=args.split, features="extended", **settings).unwrapped
+    reads = {name: None for policy in policies.values() for name in policy.features}
+    env: Any = gym.make(env_id, split=args.split, features=extended_with(reads, "draft"), **settings).unwrapped
     table = tabulate(env)
     assert isinstance(table, DraftTable)
     cost_model = pinned(env_id).cost_model
@@ -79,7 +81,7 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
     if args.reference:
         for name, policy in policies.items():
             learned[f"trees on the features of {name}"] = fit_reference(env_id, features=policy.features, **settings)
-        learned["trees on all features"] = fit_reference(env_id, **settings)
+        learned["trees on all features"] = fit_reference(env_id, features=env.features, **settings)
     played |= {name: table.play(table.decisions(policy)) for name, policy in learned.items()}
     played["clairvoyant"] = best = table.fastest()
     about = {"environment": env_id, "costs": cost_model, "T": temperature}

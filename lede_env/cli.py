@@ -233,6 +233,7 @@ def record_one_trace(
 
     from lede_env.engine.acceptance import Sampling
     from lede_env.envs.source import load_weights
+    from lede_env.outlooks import with_outlook
     from lede_env.tasks import load_prompts
     from lede_env.tracing import record_trace
 
@@ -252,6 +253,9 @@ def record_one_trace(
             command=shlex.join(["lede", *sys.argv[1:]]),
             progress=lambda done: bar.update(task_id, completed=done),
         )
+        if lm.acceptance_head is not None and set(config.candidate_layers) <= set(lm.acceptance_head.candidate_layers):
+            task_id = bar.add_task("asking the acceptance head", total=len(prompts) * samples)
+            trace = with_outlook(trace, lm, prompts, lambda done: bar.update(task_id, completed=done))
         trace.save(out)
     console.print(f"{out}: {len(prompts)} prompts x {samples}, {len(trace.targets)} positions", markup=False)
 

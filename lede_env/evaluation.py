@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.round import DRAFT_CAP, draft_limit
+from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, RandomPolicy, check_compatible
 
@@ -149,7 +150,7 @@ def evaluate(policy: ExitPolicy, env_id: str, split: str = "test", **kwargs: Any
         LedeError: an unknown id or argument, a policy for another model, other layers or another MDP, or one whose
             `exit_probability` does not give probabilities.
     """
-    env, table = _problem(env_id, split, kwargs)
+    env, table = _problem(env_id, split, kwargs, policy.features)
     known = env.attributes
     check_compatible(policy, known["model_fingerprint"], known["candidate_layers"], env.features, known["mdp"])
     return _evaluation(env, env_id, table, table.play(table.decisions(policy)))
@@ -184,12 +185,15 @@ def normalized_score(env_id: str, returns: Any, split: str = "test", **kwargs: A
     return float(scores) if np.ndim(returns) == 0 else scores
 
 
-def _problem(env_id: str, split: str, kwargs: dict[str, Any]) -> tuple[Any, ExitTable | DraftTable]:
-    """The environment with all features, and its table."""
+def _problem(
+    env_id: str, split: str, kwargs: dict[str, Any], reads: Sequence[str] = ()
+) -> tuple[Any, ExitTable | DraftTable]:
+    """The environment with all features, those of an acceptance head where `reads` names them, and its table."""
     from lede_env.oracles import tabulate
 
+    features = extended_with(reads, "draft") if set(HEAD_FEATURES).intersection(reads) else "extended"
     try:
-        env: Any = gym.make(env_id, **{"backend": "trace", "split": split, **kwargs, "features": "extended"}).unwrapped
+        env: Any = gym.make(env_id, **{"backend": "trace", "split": split, **kwargs, "features": features}).unwrapped
     except gym.error.Error as error:
         raise LedeError(f"environment {env_id!r} cannot be made: {error}") from error
     return env, tabulate(env)

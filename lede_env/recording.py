@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from lede_env.arguments import whole_number
 from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, read_trajectories
 from lede_env.digest import digest
+from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT, ExitPolicy, check_compatible
 from lede_env.registration import pinned
@@ -32,9 +33,13 @@ from lede_env.registration import pinned
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def make_player_envs(env_id: str, num_envs: int, **kwargs: Any) -> VectorEnv:
-    """The vector environment that `play` needs: every feature, whole prompts, episodes started by hand."""
-    fixed: dict[str, Any] = {"features": "extended", "episode": "prompt", "autoreset_mode": AutoresetMode.DISABLED}
+def make_player_envs(env_id: str, num_envs: int, reads: Sequence[str] = (), **kwargs: Any) -> VectorEnv:
+    """The vector environment that `play` needs: every feature, whole prompts, episodes started by hand.
+
+    reads: what the player observes, for features of an acceptance head, which are there where it reads them.
+    """
+    features = extended_with(reads, "draft") if set(HEAD_FEATURES).intersection(reads) else "extended"
+    fixed: dict[str, Any] = {"features": features, "episode": "prompt", "autoreset_mode": AutoresetMode.DISABLED}
     for name in fixed.keys() & kwargs.keys():
         raise LedeError(
             f"{name}={kwargs[name]!r} cannot be chosen here: whole prompts with all features are played, "
@@ -214,7 +219,7 @@ def record(
             f"episodes={episodes} and num_envs={num_envs} must be at least 1, and seed={seed} must not be negative"
         )
     check_output(Path(out))
-    envs = make_player_envs(env_id, min(num_envs, episodes), **env_kwargs)
+    envs = make_player_envs(env_id, min(num_envs, episodes), policy.features, **env_kwargs)
     try:
         core: Any = envs.unwrapped
         check_compatible(

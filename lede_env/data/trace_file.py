@@ -54,6 +54,10 @@ ARRAYS: dict[str, np.dtype] = {
     "branch_raw": np.dtype("<f4"),
     "branch_match": np.dtype("<f4"),
 }
+# What an acceptance head says of the drafts, in traces that hold it. Not part of the digest, which is of the texts.
+OUTLOOKS = ("outlook", "branch_outlook")
+SAID, STEEPEST = 3, 150.0  # numbers a draft; the most a slope can be
+SAID_QUANTUM = 2.0**-8  # they are multiples of it: at most .002 off, in log-odds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,10 @@ class Trace:
         branch_raw    (M, 12)       the distributions that gave them; branch_match, _shortfall, _coin (M,) likewise
 
     A wrong draft has no branch (-1) if it is an EOS, or stands at row T of its text: no branch goes beyond that row.
+
+    A trace may also hold what the model's acceptance head says of each draft (engine/acceptance_head.py), else None:
+
+        outlook (N, C, 3), branch_outlook (M, 3)     odds and slope of its acceptance, and odds of the next one's
     """
 
     header: TraceHeader
@@ -136,9 +144,11 @@ class Trace:
     branch_coin: np.ndarray
     branch_raw: np.ndarray
     branch_match: np.ndarray
+    outlook: np.ndarray | None = None
+    branch_outlook: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in ARRAYS.items():
+        for name, dtype in self.types.items():
             array = np.ascontiguousarray(getattr(self, name), dtype)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -149,6 +159,11 @@ class Trace:
             f"Trace({header.model_name!r}, layers {header.candidate_layers}, T={header.temperature}, "
             f"{len(self.prompt_ids)} prompts x {header.samples}, {len(self.targets)} positions)"
         )
+
+    @property
+    def types(self) -> dict[str, np.dtype]:
+        """Dataset -> type on disk."""
+        return ARRAYS | (dict.fromkeys(OUTLOOKS, np.dtype("<f4")) if self.outlook is not None else {})
 
     @cached_property
     def digest(self) -> str:
@@ -214,7 +229,7 @@ def load_trace(path: str | os.PathLike) -> Trace:
         _check_storage(path, file)
         header = _read_header(path, file)
         arrays: dict[str, Any] = {name: tuple(file[name].asstr()[:].tolist()) for name in STRINGS}
-        arrays |= {name: file[name][:] for name in ARRAYS}
+        arrays |= {name: file[name][:] for name in (*ARRAYS, *OUTLOOKS) if name in file}
         recorded = json.loads(file.attrs["digest"])
     trace = Trace(header, **arrays)
     check_trace(trace, path)
@@ -254,6 +269,11 @@ def quantize(raw: np.ndarray, vocab: int) -> np.ndarray:
     return (raw * QUANTUM).astype(np.float32)
 
 
+def quantize_outlook(said: np.ndarray) -> np.ndarray:
+    """What an acceptance head says, rounded to multiples of SAID_QUANTUM. float32."""
+    return (np.rint(said / SAID_QUANTUM) * SAID_QUANTUM).astype(np.float32)
+
+
 def _encode(trace: Trace) -> bytes:
     """The bytes of the file, made in memory: HDF5 cannot close a file that a full disk keeps it from writing."""
     buffer = io.BytesIO()
@@ -264,7 +284,7 @@ def _encode(trace: Trace) -> bytes:
         for name in STRINGS:
             strings = np.array(getattr(trace, name), dtype=object)
             file.create_dataset(name, data=strings, dtype=h5py.string_dtype(), track_times=False)
-        for name in ARRAYS:
+        for name in trace.types:
             array = getattr(trace, name)
             kwargs: dict[str, Any] = {}
             if array.size:
@@ -287,7 +307,9 @@ def _check_format(path: Path, file: h5py.File) -> None:
 
 def _check_storage(path: Path, file: h5py.File) -> None:
     """The datasets of a trace and no others, of the right types, with their data inside the file."""
-    names = {*STRINGS, *ARRAYS}
+    names, types = {*STRINGS, *ARRAYS}, ARRAYS | dict.fromkeys(OUTLOOKS, np.dtype("<f4"))
+    if set(OUTLOOKS) <= set(file):
+        names |= set(OUTLOOKS)
     if set(file) != names:
         raise LedeError(f"{path}: corrupted: has {sorted(set(file) ^ names)} too many or too few; record it again")
     for name in names:
@@ -299,9 +321,9 @@ def _check_storage(path: Path, file: h5py.File) -> None:
             raise LedeError(f"{path}: {name!r} is not a dataset; a trace holds nothing else")
         if dataset.is_virtual or dataset.external:
             raise LedeError(f"{path}: {name!r} keeps its data in other files; refused, they may be anything")
-        right = h5py.check_string_dtype(dataset.dtype) if name in STRINGS else dataset.dtype == ARRAYS[name]
+        right = h5py.check_string_dtype(dataset.dtype) if name in STRINGS else dataset.dtype == types[name]
         if not right:
-            raise LedeError(f"{path}: corrupted: {name} is {dataset.dtype}; expected {ARRAYS.get(name, 'strings')}")
+            raise LedeError(f"{path}: corrupted: {name} is {dataset.dtype}; expected {types.get(name, 'strings')}")
 
 
 def _read_header(path: Path, file: h5py.File) -> TraceHeader:
@@ -352,6 +374,9 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
     for name in ("match", "branch_match"):
         match = getattr(trace, name)
         demand((match >= 0) & (match <= 1), f"{name} is not in [0, 1]")
+    for said in (trace.outlook, trace.branch_outlook) if trace.outlook is not None else ():
+        demand(np.isfinite(said), "what the acceptance head says is not finite")
+        demand((said[..., 1] >= 0) & (said[..., 1] <= STEEPEST), f"its slope is not in [0, {STEEPEST:g}]")
     demand((trace.neg_log_p_max >= 0) & (trace.neg_log_p_max <= -LOG_FLOOR), "neg_log_p_max is out of its bounds")
     chance = trace.accept_probability
     demand((chance >= 0) & (chance <= 1), "accept_probability is not in [0, 1]")
@@ -378,9 +403,12 @@ def _check_shapes(trace: Trace, demand: Callable[[Any, str], None]) -> None:
         "branch_coin": (tokens,),
         "branch_raw": (tokens, RAW),
         "branch_match": (tokens,),
+        "outlook": (rows, candidates, SAID),
+        "branch_outlook": (tokens, SAID),
     }
     demand(branches >= 0, "branch_starts is empty")
-    for name in ARRAYS:
+    demand((trace.outlook is None) == (trace.branch_outlook is None), "of outlook and branch_outlook one is missing")
+    for name in trace.types:
         shape, expected = getattr(trace, name).shape, shapes.get(name, (rows, candidates))
         demand(shape == expected, f"{name} is {shape}; expected {expected}")
     for name in STRINGS:

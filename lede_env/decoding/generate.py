@@ -19,7 +19,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import Lookup
 from lede_env.engine.round import Counts, Round
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LOOKUP_FEATURES, TraceWindow
+from lede_env.engine.signals import HEAD_FEATURES, LOOKUP_FEATURES, TraceWindow
 from lede_env.errors import LedeError
 
 
@@ -234,6 +234,12 @@ def _make_rows(
         raise LedeError("stop='' would end every text at once; give a string of at least one character, or stop=()")
     if stops and lm.tokenizer is None:
         raise LedeError(f"stop={tuple(stops)!r} needs a tokenizer, and model {lm.name!r} has none; leave it out")
+    outlook = bool(set(HEAD_FEATURES).intersection(strategy.reads))
+    if outlook and lm.acceptance_head is None:
+        raise LedeError(
+            f"strategy {strategy.name!r} reads {HEAD_FEATURES}, what an acceptance head says, and model {lm.name!r} "
+            "has none; train one (python -m agents.acceptance_head), or a policy on other features"
+        )
     rows = []
     for index, prompt in enumerate(prompts):
         ids = lm.encode(prompt)
@@ -256,7 +262,8 @@ def _make_rows(
                 out_of="length" if max_new_tokens <= room else "context",
                 trace=TraceWindow() if "trace" in strategy.reads else None,
                 lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
-                doubts="doubt" in strategy.reads,
+                doubts=bool({"doubt", "peril"}.intersection(strategy.reads)),
+                outlook=outlook,
                 text=TextStream(lm, tuple(stops)) if stops or (streaming and lm.tokenizer is not None) else None,
             )
         )

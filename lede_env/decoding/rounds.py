@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -16,7 +17,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, draft_peril, no_lap
+from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, draft_peril, draft_risk, no_lap
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Row:
     trace: TraceWindow | None  # where the strategy's signals read it; likewise the lookup
     lookup: Lookup | None
     doubts: bool = False  # whether they read `doubt` or `peril`
+    outlook: bool = False  # whether they read what the acceptance head says
     tokens: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -47,18 +49,19 @@ class Row:
     draft_trace: list[float] = field(default_factory=list)
     doubt: float = 0.0
     peril: float = LOG_FLOOR
+    risk: float = 0.0
 
     def open_round(self) -> None:
         self.round, self.q, self.coins, self.draft_trace = Round(), [], [], []
-        self.doubt, self.peril = 0.0, LOG_FLOOR
+        self.doubt, self.peril, self.risk = 0.0, LOG_FLOOR, 0.0
         self.limit = draft_limit(self.control.cap, self.budget - len(self.tokens))
         self.round.limited = self.limit == 0 < self.control.cap
 
-    def context(self) -> tuple[float, tuple[int, float], float, float]:
-        """The `trace`, the lookup's guess, the `doubt` and the `peril` for the next draft."""
+    def context(self) -> tuple[float, tuple[int, float], float, float, float]:
+        """The `trace`, the lookup's guess, the `doubt`, the `peril` and the `risk` for the next draft."""
         trace = self.trace.mean(self.draft_trace) if self.trace is not None else 0.0
         guess = self.lookup.guess(self.round.drafts) if self.lookup is not None else NO_GUESS
-        return trace, guess, self.doubt, self.peril
+        return trace, guess, self.doubt, self.peril, self.risk
 
     def drew(self, signals: Signals) -> None:
         """Tell the signals that the draft left with what was drawn from them."""
@@ -101,7 +104,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
     while walking:
         session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
         lap("drafting layers")
-        logits = lm.logits(session.newest([row.index for row in walking]))  # (R, V)
+        states = session.newest([row.index for row in walking])  # (R, H)
+        logits = lm.logits(states)  # (R, V)
         lap("heads")
         staying: list[Row] = []
         leaving: dict[int, Row] = {}  # by place in the logits
@@ -110,6 +114,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             path, made = paths[row.index], len(row.round.drafts)
             context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index], sampling.temperature)
             signals = LogitSignals(*context, lap=lap, logits=logits[at])
+            if row.outlook:
+                signals.head = partial(_outlook, lm, states[at : at + 1], path[step], sampling.temperature)
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)
@@ -126,6 +132,13 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
         walking, step = staying, step + 1
         lap("policy")
     return [left[row.index] for row in rows]
+
+
+def _outlook(lm: LayeredLM, state: Tensor, layer: int, temperature: float, token: int, logits: Tensor) -> Tensor:
+    """(1, 3) what the acceptance head says of a token drawn from (V,) logits, those of a (1, H) state."""
+    assert lm.acceptance_head is not None  # checked where the rows were made
+    tokens = torch.tensor([token], device=logits.device)
+    return lm.acceptance_head.read(lm, state, logits.unsqueeze(0), tokens, layer, temperature)
 
 
 def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:
@@ -151,6 +164,8 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
         doubt = signals.own_doubt
         row.doubt += doubt
         row.peril = max(row.peril, draft_peril(doubt, signals.coin))
+    if row.outlook:
+        row.risk += draft_risk(signals.own_odds)
     return row.control.keep_drafting(signals, row.round)
 
 

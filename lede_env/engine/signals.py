@@ -67,6 +67,12 @@ def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
     return names
 
 
+def extended_with(names: Iterable[str], mdp: str) -> tuple[str, ...]:
+    """The extended features, and behind them those of `names` that they leave out."""
+    extended = MDP_FEATURES[mdp]
+    return (*extended, *(name for name in names if name in KNOWN_FEATURES[mdp] and name not in extended))
+
+
 def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of each feature, float32."""
     floor = -LOG_FLOOR

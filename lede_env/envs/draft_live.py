@@ -19,12 +19,15 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Round
 from lede_env.engine.signals import (
+    HEAD_FEATURES,
     LOG_FLOOR,
     LOOKUP_FEATURES,
     TraceWindow,
     compute_features,
     draft_doubt,
+    draft_odds,
     draft_peril,
+    draft_risk,
     raw_signals,
 )
 from lede_env.envs.prompt_memory import memory_of
@@ -51,11 +54,13 @@ class _Lane:
     surprise: list[float] = field(default_factory=list)  # -log p_max of each draft made, the one in view included
     doubt: float = 0.0  # of the drafts drawn
     peril: float = LOG_FLOOR  # likewise
+    risk: float = 0.0  # likewise
+    state: Tensor = field(default_factory=lambda: torch.empty(0))  # (H,) that gave the draft in view
     margin: float = 0.0  # of the draft in view
 
     def open_round(self) -> None:
         self.round, self.candidate, self.q, self.coins, self.surprise = Round(), 0, [], [], []
-        self.doubt, self.peril = 0.0, LOG_FLOOR
+        self.doubt, self.peril, self.risk = 0.0, LOG_FLOOR, 0.0
 
 
 class DraftLiveBackend:
@@ -92,6 +97,12 @@ class DraftLiveBackend:
         self.after = np.full(lanes * self._stride, -1)
         self._lanes = [_Lane(0, Draws(0), None) for _ in range(lanes)]
         self._looks_up = bool(LOOKUP_FEATURES.intersection(features))
+        self._head = lm.acceptance_head if set(HEAD_FEATURES).intersection(features) else None
+        if self._head is None and set(HEAD_FEATURES).intersection(features):
+            raise LedeError(
+                f"the features {HEAD_FEATURES} are what a model's acceptance head says, and {lm.name!r} has none; "
+                "train one (python -m agents.acceptance_head), or choose other features"
+            )
 
     @torch.inference_mode()
     def start_many(self, lanes: np.ndarray, prompts: np.ndarray, seeds: np.ndarray) -> None:
@@ -201,13 +212,14 @@ class DraftLiveBackend:
         lanes = [self._lanes[row] for row in rows]
         layers = [self.candidate_layers[lane.candidate] for lane in lanes]
         self.session.advance(rows, layers)
-        logits = self.lm.logits(self.session.newest(rows))  # (R, V)
+        states = self.session.newest(rows)  # (R, H)
+        logits = self.lm.logits(states)  # (R, V)
         found = [NO_GUESS if lane.lookup is None else lane.lookup.guess(lane.round.drafts) for lane in lanes]
         guesses = torch.tensor([token for token, _ in found], device=logits.device)
         raw = raw_signals(logits, guesses).double().cpu().numpy()  # double: features round once, as the decoder's
         drafts = np.array([len(lane.round.drafts) for lane in lanes])  # before the one in view
-        for lane, own, best in zip(lanes, logits, best_tokens(logits).tolist(), strict=True):
-            lane.logits, lane.best, lane.kept = own, best, False
+        for lane, own, best, state in zip(lanes, logits, best_tokens(logits).tolist(), states, strict=True):
+            lane.logits, lane.best, lane.kept, lane.state = own, best, False, state
         nodes = [self._node(row) for row in rows]
         self.signals[nodes] = compute_features(
             self.features,
@@ -233,8 +245,9 @@ class DraftLiveBackend:
             return
         lanes = [self._lanes[row] for row in rows]
         if self.sampling.greedy:
-            for row, lane in zip(rows, lanes, strict=True):
-                self._keep(row, lane.best, 0.0)
+            said = self._outlooks(lanes, [lane.best for lane in lanes])
+            for row, lane, own in zip(rows, lanes, said, strict=True):
+                self._keep(row, lane.best, 0.0, own)
             return
         logits = torch.stack([lane.logits for lane in lanes])  # (R, V)
         q = self.sampling.probabilities(logits)
@@ -244,18 +257,38 @@ class DraftLiveBackend:
             lane.coins.append(lane.draws.next())
         pairs = torch.tensor([[lane.best, token] for lane, token in zip(lanes, tokens, strict=True)])
         heights = logits.gather(-1, pairs.to(logits.device)).tolist()
-        for row, token, (best, own) in zip(rows, tokens, heights, strict=True):
-            self._keep(row, token, best - own)
+        said = self._outlooks(lanes, tokens)
+        for row, token, (best, own), outlook in zip(rows, tokens, heights, said, strict=True):
+            self._keep(row, token, best - own, outlook)
 
-    def _keep(self, row: int, token: int, shortfall: float) -> None:
+    def _outlooks(self, lanes: list[_Lane], tokens: list[int]) -> list[list[float]]:
+        """What the acceptance head says of the tokens drawn, where the features read it; one answer a lane."""
+        said = [[0.0, 0.0, 0.0] for _ in lanes]
+        layers = [self.candidate_layers[lane.candidate] for lane in lanes]
+        for layer in sorted(set(layers)) if self._head is not None else ():
+            at = [place for place, own in enumerate(layers) if own == layer]
+            states, logits = (torch.stack([getattr(lanes[i], name) for i in at]) for name in ("state", "logits"))
+            drawn = torch.tensor([tokens[i] for i in at], device=logits.device)
+            assert self._head is not None
+            answers = self._head.read(self.lm, states, logits, drawn, layer, self.sampling.temperature).tolist()
+            for place, answer in zip(at, answers, strict=True):
+                said[place] = answer
+        return said
+
+    def _keep(self, row: int, token: int, shortfall: float, outlook: list[float]) -> None:
         """Make the token a lane's next draft, so far below the best one, and say what may follow it."""
         lane = self._lanes[row]
         self.after[self._node(row)] = -1 if token in self.lm.eos_ids else self._node(row, ahead=1)
         shortfall = min(shortfall, -LOG_FLOOR)
         doubt = draft_doubt(lane.margin, shortfall)
         lane.peril = max(lane.peril, draft_peril(doubt, lane.coins[-1] if lane.coins else 1.0))
+        odds, slope, ahead = outlook
+        own_odds = draft_odds(odds, slope, lane.coins[-1] if lane.coins else 1.0)
+        lane.risk += draft_risk(own_odds)
         if lane.round.drafts:  # in phase 2, where the decision comes after the draw
-            for name, value in (("drawn", shortfall), ("peril", lane.peril)):
+            risk, ahead = min(lane.risk, -LOG_FLOOR), min(max(ahead, LOG_FLOOR), -LOG_FLOOR)
+            after_draw = {"drawn": shortfall, "peril": lane.peril, "risk": risk, "odds": own_odds, "ahead": ahead}
+            for name, value in after_draw.items():
                 if name in self.features:
                     self.signals[self._node(row), self.features.index(name)] = value
         lane.kept, lane.doubt = True, lane.doubt + doubt

@@ -9,7 +9,7 @@ import numpy as np
 
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.signals import LOG_FLOOR, TRACE_WINDOW, compute_features
+from lede_env.engine.signals import HEAD_FEATURES, LOG_FLOOR, TRACE_WINDOW, compute_features
 from lede_env.envs.trace_backend import TraceBackend
 from lede_env.errors import LedeError
 
@@ -64,6 +64,8 @@ class DraftTraceBackend(TraceBackend):
             by_round["doubt"], by_round["peril"] = self._draft_doubts()
         if "trace" in features:
             by_round["trace"] = self._draft_traces()
+        if set(HEAD_FEATURES).intersection(features):
+            by_round |= self._draft_outlooks()
         self.by_draft = {features.index(name): of for name, of in by_draft.items() if name in features}  # (cap + 1,)
         self.by_round = {features.index(name): of for name, of in by_round.items() if name in features}
         # Phase 1 decides before the draw.
@@ -150,6 +152,30 @@ class DraftTraceBackend(TraceBackend):
             worst[:, k] = np.maximum(worst[:, k - 1], peril[node])
         worst[:, 0] = LOG_FLOOR  # phase 1 decides before the draw
         return np.minimum(sums, -LOG_FLOOR).reshape(-1), worst.reshape(-1)
+
+    def _draft_outlooks(self) -> dict[str, np.ndarray]:
+        """(cells * cap,) each of `HEAD_FEATURES`, of draft k of a round at cell * cap + k - 1; 0 in phase 1, which
+        decides before the draw."""
+        trace, cells = self.trace, self.trace.accepted.size
+        if trace.outlook is None or trace.branch_outlook is None:
+            raise LedeError(
+                f"the features {HEAD_FEATURES} are what a model's acceptance head says, which this trace does not "
+                "hold; record it again with a model that has one, or choose other features"
+            )
+        said = np.concatenate([trace.outlook.reshape(cells, -1), trace.branch_outlook]).astype(np.float64)
+        coin = np.concatenate([trace.coin.reshape(-1), trace.branch_coin])
+        odds = np.clip(said[:, 0] - said[:, 1] * np.log(coin), LOG_FLOOR, -LOG_FLOOR)  # `draft_odds`
+        own = np.log1p(np.exp(-odds))  # `draft_risk`
+        ahead = np.clip(said[:, 2], LOG_FLOOR, -LOG_FLOOR)
+        tables = {name: np.zeros((cells, self.cap), np.float32) for name in HEAD_FEATURES}
+        node = np.arange(cells)
+        total = own[node]
+        for k in range(1, self.cap):
+            node = self.after[node]  # -1, where the chain ends: some node, and never looked up
+            total = total + own[node]
+            for name, values in (("risk", np.minimum(total, -LOG_FLOOR)), ("odds", odds[node]), ("ahead", ahead[node])):
+                tables[name][:, k] = values
+        return {name: table.reshape(-1) for name, table in tables.items()}
 
     def _draft_traces(self) -> np.ndarray:
         """(cells * cap,) the `trace` feature of draft k of a round, at cell * cap + k - 1: the mean over a window of
