@@ -22,16 +22,18 @@ import lede_env
 from lede_env.data.trace_file import load_trace, text_digest
 from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cost_model import load_cost_model
-from lede_env.engine.signals import DRAFT_FEATURES
+from lede_env.engine.signals import KNOWN_FEATURES
 from lede_env.envs import source, trace_backend
 from lede_env.envs.texts import draw_key, draw_texts
 from lede_env.errors import LedeError
+from lede_env.outlooks import with_outlook
 from lede_env.tasks import Prompt, load_prompts
 from lede_env.tracing import record_trace
-from tests.small_models import CoinPolicy
+from tests.small_models import CoinPolicy, random_head
 
 ROUND_KEYS = {"exit_layer", "drafted", "accepted", "emitted", "rounds"}
 ACTION_KEYS = {"cost", "discount", "reward_terms", *ROUND_KEYS}
+FEATURES = KNOWN_FEATURES["draft"]
 TOKENS = 24
 RHO = 1.3
 
@@ -41,7 +43,8 @@ def spec(**kwargs):
         id="Test-Draft-v0",
         entry_point="lede_env.envs.draft_env:SpeculativeDraftEnv",
         vector_entry_point="lede_env.envs.draft_vector_env:SpeculativeDraftVectorEnv",
-        kwargs=dict(features="extended", reward="throughput", rho=RHO, max_new_tokens=TOKENS, device="cpu") | kwargs,
+        kwargs=dict(features=KNOWN_FEATURES["draft"], reward="throughput", rho=RHO, max_new_tokens=TOKENS, device="cpu")
+        | kwargs,
         disable_env_checker=True,
         order_enforce=False,
     )
@@ -84,7 +87,8 @@ class Small:
         lm = replace(self.lm)
         object.__setattr__(lm, "encode", json.loads)
         written = [replace(prompt, text=str(prompt.text)) for prompt in prompts]
-        record_trace(lm, written, lm.candidate_layers, max_new_tokens, sampling, 0, **kwargs).save(path)
+        trace = record_trace(lm, written, lm.candidate_layers, max_new_tokens, sampling, 0, **kwargs)
+        with_outlook(trace, lm, written).save(path)
 
 
 @pytest.fixture
@@ -104,9 +108,8 @@ def small(small_setup, monkeypatch):
 def small_setup(random_model, tmp_path_factory):
     lm, _ = random_model("llama-gqa", late_scale=0.12, early=1)
     # Nine ends of a text, so that some texts have one and some have not, in drafts and after them.
-    return Small(
-        replace(lm, eos_ids=tuple(range(40, 49)), candidate_layers=(1, 2, 4)), tmp_path_factory.mktemp("small")
-    )
+    lm = replace(lm, eos_ids=tuple(range(40, 49)), candidate_layers=(1, 2, 4))
+    return Small(replace(lm, acceptance_head=random_head(lm)), tmp_path_factory.mktemp("small"))
 
 
 def walk(env, policy, **reset):
@@ -133,7 +136,7 @@ def totals(steps):
 class Watched:
     """A policy that notes what it sees."""
 
-    features = DRAFT_FEATURES
+    features = FEATURES
 
     def __init__(self, seed, p):
         self.coin, self.seen = CoinPolicy(seed, p), []
@@ -218,7 +221,7 @@ def test_fixed_policies_reproduce_layerskip(small):
 def test_the_embedded_model(tiny, tmp_path):
     """Decoder, live and trace on the model that ships, briefly."""
     layers, prompts = (3, 6), load_prompts("parse", "train")[:2]
-    record_trace(tiny, prompts, layers, 16, Sampling(), 0, lanes=2).save(tmp_path / "t.h5")
+    with_outlook(record_trace(tiny, prompts, layers, 16, Sampling(), 0, lanes=2), tiny, prompts).save(tmp_path / "t.h5")
     kwargs = dict(model="tiny", candidate_layers=layers, cost_model="tiny-cpu", task="parse", max_new_tokens=16)
     live, trace = make(**kwargs), make(backend="trace", trace=str(tmp_path / "t.h5"), **kwargs)
     for prompt in prompts:

@@ -29,7 +29,7 @@ FORMAT = "lede-trace"
 FORMAT_VERSION = 3
 TOP, RAW = 10, 12  # as in engine.signals, which imports torch
 LOG_FLOOR = -30.0
-QUANTUM = 2.0**-15  # raw signals are multiples of it: they compress, and are at most 1.5e-5 off
+QUANTUM = 2.0**-15  # raw signals, and what a head says, are multiples: they compress, and are at most 1.5e-5 off
 CHUNK_BYTES = 1 << 20
 
 STRINGS = ("prompt_ids", "prompt_tasks", "prompt_splits", "prompt_digests")  # (P,) each
@@ -57,7 +57,6 @@ ARRAYS: dict[str, np.dtype] = {
 # What an acceptance head says of the drafts, in traces that hold it. Not part of the digest, which is of the texts.
 OUTLOOKS = ("outlook", "branch_outlook")
 SAID, STEEPEST = 3, 150.0  # numbers a draft; the most a slope can be
-SAID_QUANTUM = 2.0**-8  # they are multiples of it: at most .002 off, in log-odds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +269,8 @@ def quantize(raw: np.ndarray, vocab: int) -> np.ndarray:
 
 
 def quantize_outlook(said: np.ndarray) -> np.ndarray:
-    """What an acceptance head says, rounded to multiples of SAID_QUANTUM. float32."""
-    return (np.rint(said / SAID_QUANTUM) * SAID_QUANTUM).astype(np.float32)
+    """What an acceptance head says, rounded to multiples of QUANTUM. float32."""
+    return (np.rint(said / QUANTUM) * QUANTUM).astype(np.float32)
 
 
 def _encode(trace: Trace) -> bytes:

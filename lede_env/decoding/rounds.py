@@ -13,6 +13,7 @@ from lede_env.decoding.stopwatch import Lap
 from lede_env.decoding.strategies import Control
 from lede_env.decoding.text import TextStream
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
+from lede_env.engine.acceptance_head import ask_head
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
@@ -115,7 +116,7 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index], sampling.temperature)
             signals = LogitSignals(*context, lap=lap, logits=logits[at])
             if row.outlook:
-                signals.head = partial(_outlook, lm, states[at : at + 1], path[step], sampling.temperature)
+                signals.head = partial(ask_head, lm, states[at : at + 1], path[step], sampling.temperature)
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)
@@ -132,13 +133,6 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
         walking, step = staying, step + 1
         lap("policy")
     return [left[row.index] for row in rows]
-
-
-def _outlook(lm: LayeredLM, state: Tensor, layer: int, temperature: float, token: int, logits: Tensor) -> Tensor:
-    """(1, 3) what the acceptance head says of a token drawn from (V,) logits, those of a (1, H) state."""
-    assert lm.acceptance_head is not None  # checked where the rows were made
-    tokens = torch.tensor([token], device=logits.device)
-    return lm.acceptance_head.read(lm, state, logits.unsqueeze(0), tokens, layer, temperature)
 
 
 def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:

@@ -18,7 +18,7 @@ class Look:
     """One sight of a draft's distribution at one layer."""
 
     layer: int
-    signals: dict[str, float]  # SHOWN by name
+    signals: dict[str, float]  # by name: SHOWN, and what else the strategy reads
     q: tuple[float, float] | None  # Q(continue), Q(exit), where a policy that has them was asked
     left: bool  # whether the draft was drawn here
 
@@ -35,8 +35,8 @@ class DraftNote:
 class Noting(Control):
     """Passes every question to another Control and keeps the answers."""
 
-    def __init__(self, inner: Control):
-        self.inner = inner
+    def __init__(self, inner: Control, shown: tuple[str, ...]):
+        self.inner, self.shown = inner, shown
         self._notes: dict[int, tuple[Round, list[DraftNote]]] = {}  # by id of the round, which is kept alive beside
         self._looks: list[Look] = []
 
@@ -58,13 +58,13 @@ class Noting(Control):
 
     def leave(self, signals, round_):
         answer, q = self._ask(self.inner.leave, signals, round_)
-        self._looks.append(_look(signals, q, answer))
+        self._looks.append(self._look(signals, q, answer))
         return answer
 
     def drew(self, signals, round_):
         self.inner.drew(signals, round_)
         if not (self._looks and self._looks[-1].left):  # the end of the path: nobody was asked
-            self._looks.append(_look(signals, None, True))
+            self._looks.append(self._look(signals, None, True))
         self._notes.setdefault(id(round_), (round_, []))[1].append(DraftNote(self._looks))
 
     def keep_drafting(self, signals, round_):
@@ -91,10 +91,9 @@ class Noting(Control):
         stay, leave = policy.q_values(signals.features(policy.features)[None])[0]
         return answer, (float(stay), float(leave))
 
-
-def _look(signals: Signals, q: tuple[float, float] | None, left: bool) -> Look:
-    values = map(float, signals.features(SHOWN))
-    return Look(signals.layer, dict(zip(SHOWN, values, strict=True)), q, left)
+    def _look(self, signals: Signals, q: tuple[float, float] | None, left: bool) -> Look:
+        values = map(float, signals.features(self.shown))
+        return Look(signals.layer, dict(zip(self.shown, values, strict=True)), q, left)
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,15 @@ class Explained(Strategy):
     """`strategy`, noting what it sees: the same text, more slowly. Its generation's `control` is a Noting."""
 
     strategy: Strategy
-    reads = SHOWN
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*SHOWN, *(name for name in self.strategy.reads if name not in SHOWN))
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.strategy.name
 
     def start(self, lm, seed) -> Noting:
-        return Noting(self.strategy.start(lm, seed))
+        shown = tuple(name for name in self.reads if name not in ("phase", "position"))
+        return Noting(self.strategy.start(lm, seed), shown)

@@ -125,6 +125,13 @@ class AcceptanceHead:
         return folder
 
 
+def ask_head(lm: LayeredLM, state: Tensor, layer: int, temperature: float, token: int, logits: Tensor) -> Tensor:
+    """(1, 3) what a model's head says of a token drawn from (V,) logits, those of a (1, H) state at a layer."""
+    assert lm.acceptance_head is not None  # whoever asks has made sure
+    tokens = torch.tensor([token], device=logits.device)
+    return lm.acceptance_head.read(lm, state, logits.unsqueeze(0), tokens, layer, temperature)
+
+
 def load_head(folder: str | Path) -> AcceptanceHead:
     """Read what `AcceptanceHead.save` wrote.
 

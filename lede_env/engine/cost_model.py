@@ -172,17 +172,21 @@ def _drafting(lm) -> tuple[Callable[[], object], Callable[[], object]]:
     """
     import torch
 
+    from lede_env.engine.acceptance_head import ask_head
     from lede_env.engine.lookup import Lookup
     from lede_env.engine.signals import EXIT_FEATURES, LogitSignals
     from lede_env.policies import MLPPolicy, load_policy
 
     policy = load_policy("tiny") if lm.weights == "embedded" else MLPPolicy.random(EXIT_FEATURES, seed=0)
     logits = torch.randn(lm.geometry.vocab, device=lm.device)
+    state, head = torch.randn(1, lm.geometry.hidden, device=lm.device, dtype=lm.dtype), lm.acceptance_head
     lookup = Lookup([token % 50 for token in range(256)])
 
     def draft(guess: tuple[int, float] = NO_GUESS) -> LogitSignals:
         signals = LogitSignals(1, lm.n_layers, 3, DRAFT_CAP, 0.0, guess, logits=logits)
         signals.token = signals.best
+        if head is not None:
+            signals.head = partial(ask_head, lm, state, head.candidate_layers[0], 0.0)
         return signals
 
     return draft, lambda: policy.exits(draft(lookup.guess()))

@@ -10,7 +10,7 @@ from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
-from lede_env.engine.signals import DRAFT_FEATURES
+from lede_env.engine.signals import KNOWN_FEATURES
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, TrainedPolicy, check_compatible, load_policy
 
@@ -98,7 +98,7 @@ class Lede(Strategy):
             raise LedeError(f"the policy was made for {made_for} layers, but {lm.name} has {lm.n_layers}")
         # A trained policy brings the candidates it was trained with.
         candidates = policy.candidate_layers if isinstance(policy, TrainedPolicy) else lm.candidate_layers
-        check_compatible(policy, lm.fingerprint, candidates, DRAFT_FEATURES, "draft")
+        check_compatible(policy, lm.fingerprint, candidates, KNOWN_FEATURES["draft"], "draft")
         layers = candidates if self.exit_layer is None else (self.exit_layer,)
         for layer in layers:
             lm.check_exit_layer(layer)

@@ -1,0 +1,165 @@
+"""The acceptance head: its file, what it says on donors and twins, in traces, and the program that trains it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lede_env
+from agents.acceptance_head import Args, main
+from lede_env.data.registry import load_trace
+from lede_env.engine.acceptance_head import TENSORS, ask_head, load_head
+from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES, draft_odds, draft_risk, feature_bounds
+from lede_env.models.loading import HEAD, load_model
+from lede_env.outlooks import with_outlook
+from lede_env.tasks import load_prompts
+from tests.small_models import random_head, save_random_model
+
+
+class Cautious:
+    """Verifies once the drafts are more likely than not to have failed."""
+
+    features = ("phase", "risk")
+
+    def exit_probability(self, observations):
+        phase, risk = observations.T
+        return ((phase == 1.0) | (risk < 0.7)).astype(float)
+
+
+def folder_with_head(folder, **changes):
+    """A small checkpoint with an acceptance head beside it."""
+    save_random_model(folder, "llama")
+    lm = load_model(folder, device="cpu", dtype="float32")
+    head = replace(random_head(lm), **changes)
+    head.save(folder / HEAD)
+    return head
+
+
+def test_a_checkpoint_brings_its_head(tmp_path):
+    written = folder_with_head(tmp_path)
+    lm = load_model(tmp_path, device="cpu", dtype="float32")
+    assert lm.acceptance_head is not None and lm.acceptance_head.candidate_layers == lm.candidate_layers
+    for name in TENSORS:
+        assert torch.equal(getattr(lm.acceptance_head, name), getattr(written, name).half().float())
+    out = lede_env.generate(lm, [5, 9, 2], strategy=lede_env.Lede(Cautious()), max_new_tokens=24)
+    assert out.token_ids == lede_env.generate(lm, [5, 9, 2], max_new_tokens=24).token_ids
+
+
+def test_a_damaged_head_is_refused(tmp_path):
+    folder_with_head(tmp_path)
+    (tmp_path / HEAD / "head.safetensors").write_bytes(b"short")
+    with pytest.raises(lede_env.LedeError, match="no readable acceptance head .*agents.acceptance_head"):
+        load_model(tmp_path, device="cpu", dtype="float32")
+    (tmp_path / HEAD / "head.safetensors").unlink()
+    with pytest.raises(lede_env.LedeError, match="no readable acceptance head"):
+        load_head(tmp_path / HEAD)
+
+
+def test_a_head_of_other_shapes_or_another_model_is_refused(tmp_path):
+    head = folder_with_head(tmp_path, middle=torch.zeros(8, 7))
+    with pytest.raises(lede_env.LedeError, match=r"shapes .*\(8, 7\)"):
+        load_model(tmp_path, device="cpu", dtype="float32")
+    replace(head, middle=torch.zeros(8, 8), fingerprint="another").save(tmp_path / HEAD)
+    with pytest.raises(lede_env.LedeError, match="trained for a model with fingerprint another"):
+        load_model(tmp_path, device="cpu", dtype="float32")
+
+
+def test_who_reads_it_needs_one(random_model, tiny):
+    lm, _ = random_model("llama")
+    with pytest.raises(lede_env.LedeError, match="has none; train one"):
+        lede_env.generate(lm, [1, 2], strategy=lede_env.Lede(Cautious()))
+    with pytest.raises(lede_env.LedeError, match="trained at layers .* not at 5"):
+        tiny.acceptance_head.candidate(5)
+    with pytest.raises(lede_env.LedeError, match="'llama.*' has no acceptance head"):
+        with_outlook(load_trace("tiny-greedy-v0"), lm, [])
+
+
+@pytest.mark.parametrize("coin", [1.0, 0.5, 1e-300, 0.0])
+def test_odds_and_risk_are_within_their_bounds(coin):
+    low, high = feature_bounds(HEAD_FEATURES, 97)
+    for odds in (-1e3, 0.0, 1e3):
+        for slope in (0.0, 1.0, 148.0):
+            own = draft_odds(odds, slope, coin)
+            assert low[1] <= own <= high[1] and low[0] <= draft_risk(own) <= high[0]
+    assert draft_odds(0.3, 2.0, 1.0) == 0.3  # greedy decoding has no coin
+    assert draft_risk(0.0) == pytest.approx(np.log(2.0))
+
+
+def test_what_the_shipped_head_says_comes_true(tiny):
+    """Its odds are calibrated, and tell more of acceptance than the drafts' margins do."""
+    for name in ("tiny-greedy-v0", "tiny-t0.6-v0"):
+        trace = load_trace(name)
+        test = np.isin(trace.prompt_ids, trace.prompts_of("all", "test"))
+        rows = np.repeat(np.repeat(test, trace.header.samples), np.diff(trace.starts))
+        said, accepted = trace.outlook[rows, 0].astype(np.float64), trace.accepted[rows, 0]
+        odds = said[:, 0] - said[:, 1] * np.log(trace.coin[rows, 0])
+        chance = 1.0 / (1.0 + np.exp(-odds))
+        assert abs(chance.mean() - accepted.mean()) < 0.03
+        entropy = -np.log(np.where(accepted, chance, 1.0 - chance)).mean()
+        base = accepted.mean()
+        assert entropy < 0.75 * -(base * np.log(base) + (1.0 - base) * np.log(1.0 - base))
+
+
+def test_the_shipped_traces_hold_what_the_shipped_head_says(tiny):
+    trace, prompts = load_trace("tiny-t0.6-v0"), load_prompts("all", "all")
+    few = prompts[::40]
+    ids = {prompt.id for prompt in few}
+    keep = [place for place, name in enumerate(trace.prompt_ids) if name in ids]
+    again = with_outlook(trace, tiny, prompts) if len(keep) == len(trace.prompt_ids) else None
+    assert again is None  # else this test would take half a minute
+    from lede_env.outlooks import _Reader
+
+    reader = _Reader(trace, tiny)
+    for place in keep:
+        text = next(prompt for prompt in few if prompt.id == trace.prompt_ids[place])
+        reader.read(place, tiny.encode(text.text))
+        rows = slice(trace.starts[place], trace.starts[place + 1])
+        np.testing.assert_allclose(reader.outlook[rows], trace.outlook[rows], atol=2e-3)
+        branches = trace.branch[rows][trace.branch[rows] >= 0]
+        tokens = slice(trace.branch_starts[branches[0]], trace.branch_starts[branches[-1] + 1])
+        np.testing.assert_allclose(reader.branch_outlook[tokens], trace.branch_outlook[tokens], atol=2e-3)
+
+
+def test_a_twin_says_what_its_donor_says(small_zoo, tiny):
+    twin = load_model("llama2-7b", weights="twin", device="cpu", dtype="float32")
+    assert twin.acceptance_head.candidate_layers == twin.candidate_layers
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(tiny.geometry.vocab, generator=generator)
+    with torch.inference_mode(), tiny.session(1, 64) as mine, twin.session(1, 64) as theirs:
+        for session, layer in ((mine, 3), (theirs, twin.candidate_layers[0])):
+            session.prefill(0, [5, 6, 7])
+            session.feed([0], [8])
+            session.advance([0], [layer])
+        said = [
+            ask_head(lm, session.newest([0]), lm.candidate_layers[0], 0.6, 17, logits)
+            for lm, session in ((tiny, mine), (twin, theirs))
+        ]
+    torch.testing.assert_close(*said, atol=1e-3, rtol=1e-3)
+
+
+def test_the_program_trains_one(tmp_path):
+    """A short run on few texts learns something, and its file is one that the model takes."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [dict(id=f"x/{n}", task="lm", prompt=f"The number {n} is", reference="", split="train") for n in range(20)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Args(openings=(str(prompts),), temperatures=(0.6,), repeats=1, max_new_tokens=12, batch=128, device="cpu",
+                out=tmp_path / "head", hidden=16, epochs=6.0, rows=256)  # fmt: skip
+    main(args)
+    head = load_head(tmp_path / "head")
+    assert head.candidate_layers == (3, 4, 6, 8) and set(KNOWN_FEATURES["draft"]) >= set(HEAD_FEATURES)
+    train, validation = head.training["cross_entropy"]
+    assert train["positions"] > validation["positions"] > 100
+    assert validation["T=0.6"] < 0.45 and validation["greedy"] < 0.5  # a coin's is 0.69
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"hidden": 0}, "hidden=0"), ({"epochs": 0.0}, "epochs"), ({"temperatures": ()}, "temperatures")],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(lede_env.LedeError, match=message):
+        Args(**changes)
