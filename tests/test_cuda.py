@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ import torch
 import lede_env
 from lede_env.decoding.strategies import Control, Strategy
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
-from lede_env.engine.read_signals import ENTROPY, LOG_SUM, SIZE, TOKEN, TOKEN_LOGIT
+from lede_env.engine.acceptance_head import INPUTS, OUTLOOK, AcceptanceHead
+from lede_env.engine.layered_lm import rms_norm
+from lede_env.engine.read_signals import AHEAD, ENTROPY, LOG_SUM, ODDS, SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.session import Session
+from lede_env.engine.signals import warmth
 from lede_env.tasks import load_prompts
 from tests.small_models import ARCHITECTURES, save_random_model
 from tests.test_losslessness import ON_EMBEDDED
@@ -114,6 +118,72 @@ def test_the_read_out_draws_the_tokens_of_the_inverse_transform(vocab, temperatu
         log_p = wide.log_softmax(-1)
         assert float(out[LOG_SUM]) == pytest.approx(float(wide.logsumexp(-1)), abs=1e-4)
         assert float(out[ENTROPY]) == pytest.approx(float(-(log_p.exp() * log_p).nansum()), abs=1e-3)
+
+
+def random_head(d: int, units: int, tokens: int, generator: torch.Generator) -> AcceptanceHead:
+    """Its slopes reach their bounds now and then."""
+    shapes = [(d, units), (tokens, units), (INPUTS, units), (3, units), (units, units), (units,), (units, OUTLOOK)]
+    scales = [d**-0.5, 1, 0.3, 1, (2 / units) ** 0.5, 0.3, 4 * units**-0.5]
+    made = [torch.randn(*shape, generator=generator) * by for shape, by in zip(shapes, scales, strict=True)]
+    return AcceptanceHead("", (2, 4, 5), *made, torch.tensor([0.5, 1.0, -0.5])).to(torch.device("cuda"))
+
+
+# Of the model's own size; of a twin, whose donor's channels are the first; not of whole blocks.
+@pytest.mark.parametrize(
+    ("hidden", "d", "units"), [(64, 64, 32), (256, 256, 256), (4096, 256, 256), (8192, 192, 272), (650, 333, 50)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_outlook_is_what_the_acceptance_head_says(hidden, d, units, temperature):
+    from lede_env.engine.cuda.outlook import Outlook
+    from lede_env.engine.cuda.readout import ReadOut
+
+    vocab, slots, device = 1200, 4, torch.device("cuda")
+    generator, draws = torch.Generator().manual_seed(hidden + units), Draws(units)
+    head = random_head(d, units, vocab - 100, generator)
+    norm, eps = torch.rand(hidden, generator=generator).add(0.5).to(device), torch.tensor(1e-5, device=device)
+    lm, outlook = SimpleNamespace(normed=lambda x: rms_norm(x, norm, eps)), Outlook(head, norm, eps)
+    states = torch.randn(slots, hidden, generator=generator).mul(torch.tensor([[0.02], [1], [3], [40]])).to(device)
+    logits = torch.randn(slots, vocab, generator=generator).mul(torch.tensor([[0.5], [3], [60], [3]])).to(device)
+    logits[3, vocab - 1] = 30.0  # a token that the donor does not have
+    read, out = ReadOut(vocab, device), torch.zeros(SIZE, device=device)
+    tokens = torch.zeros(slots + 1, dtype=torch.long, device=device)
+    for slot in range(slots):
+        for candidate, layer in enumerate(head.candidate_layers):
+            state = torch.tensor([0, slot, -1, -1, 0], device=device)
+            uniform = torch.tensor([draws.next()], dtype=torch.float64, device=device)
+            read(logits, out, tokens, state, uniform, temperature)
+            before = out.clone()
+            outlook(states, out, state, candidate, warmth(temperature))
+            place, drawn = slice(slot, slot + 1), tokens[slot + 1 : slot + 2]
+            expected = head.read(lm, states[place], logits[place], drawn, layer, temperature)[0]
+            torch.testing.assert_close(out[ODDS : AHEAD + 1], expected, rtol=2e-4, atol=2e-4)
+            before[ODDS : AHEAD + 1] = out[ODDS : AHEAD + 1]
+            assert torch.equal(before, out)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8), Sampling(0.8, top_p=0.9)])
+def test_a_read_with_the_outlook_is_one_without_and_what_the_head_says(sampling):
+    lm = lede_env.load_model("tiny", device="cuda", dtype="float32")
+    head, uniform = lm.acceptance_head, None if sampling.greedy else 0.4
+    with torch.inference_mode(), lm.session(1, 100) as session:
+        session.prefill(0, [7, 90, 33])
+        session.open(12, head.candidate_layers[0])
+        for layer in head.candidate_layers:
+            session.advance([0], [layer])
+            found = []
+            for asked in (0, layer, layer):  # captured, then replayed
+                session.read(-1, uniform, sampling, asked)
+                found.append(session.drawn())
+            plain, first, again = found
+            assert first == again and plain[:ODDS] == first[:ODDS]
+            drawn = torch.tensor([int(first[TOKEN])], device="cuda")
+            at = (session.hidden[0, :1], session._draft_logits[:1], drawn, layer, sampling.temperature)
+            expected = head.read(lm, *at)
+            torch.testing.assert_close(torch.tensor(first[ODDS : AHEAD + 1]), expected[0].cpu(), rtol=1e-3, atol=1e-3)
+        with pytest.raises(lede_env.LedeError, match="acceptance head was trained at"):
+            session.read(-1, uniform, sampling, lm.n_layers)
+        session.read(-1, uniform, sampling)
+        assert session.drawn()[:ODDS] == plain[:ODDS]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -83,7 +83,7 @@ def _draft(
     expected = _expected(row)
     for step, layer in enumerate(path):
         last = step + 1 == len(path)
-        session.read(guess, uniform, sampling)
+        session.read(guess, uniform, sampling, *([layer] if row.outlook else []))
         lap("heads")
         ahead = row.control.path(replace(row.round, exits=[*row.round.exits, layer]))  # if the draft leaves here
         # A next draft that begins deeper would move this one's slot along: not on a guess.

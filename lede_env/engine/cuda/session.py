@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,13 @@ from lede_env.engine.cuda import layers
 from lede_env.engine.cuda.attention import Attention
 from lede_env.engine.cuda.linear import Gained, gain, linear
 from lede_env.engine.cuda.mailbox import Mailbox
+from lede_env.engine.cuda.outlook import Outlook
 from lede_env.engine.cuda.readout import ReadOut
 from lede_env.engine.cuda.verdict import Verdict
 from lede_env.engine.read_signals import SIZE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.engine.session import Session
+from lede_env.engine.signals import warmth
 
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
@@ -168,15 +171,18 @@ class GraphSession(Session):
         self._replay(("enter", first), lambda: self._embed_and_run(first), slot=len(depth) - 1, token=token)
         self.advance([0], [goal])
 
-    def read(self, guess: int, uniform: float | None, sampling: Sampling) -> None:
+    def read(self, guess: int, uniform: float | None, sampling: Sampling, outlook_layer: int = 0) -> None:
         """Read the newest slot's distribution where it stands, and draw the draft that leaves there.
 
         A later `read` of the slot, at a deeper layer, draws anew.
+        outlook_layer: where it stands, if the acceptance head is to say what it thinks of the draft.
         """
+        if outlook_layer:
+            self._outlook.head.candidate(outlook_layer)  # an error leaves nothing half launched
         uniforms = () if uniform is None else (uniform,)
         slot = len(self.depth[0]) - 1
-        body = lambda: self._read_out(sampling)  # noqa: E731
-        self._row = self._replay(("read", sampling), body, slot=slot, guess=guess, uniforms=uniforms)
+        key, body = ("read", sampling, outlook_layer), lambda: self._read_out(sampling, outlook_layer)
+        self._row = self._replay(key, body, slot=slot, guess=guess, uniforms=uniforms)
         self._ready.record()
 
     def drawn(self) -> list[float]:
@@ -253,13 +259,21 @@ class GraphSession(Session):
         gain(self.hidden[0], lm.final_norm, gained, self._state)
         linear(gained, lm.head, logits, self._state, rows, eps=lm.norm_eps, out_at_slot=True)
 
-    def _read_out(self, sampling: Sampling) -> None:
+    def _read_out(self, sampling: Sampling, outlook_layer: int = 0) -> None:
         self._head(self._draft_logits, 1)
         temperature = None if sampling.filters else sampling.temperature
         self._read(self._draft_logits, self._out, self._tokens, self._state, self._uniforms, temperature)
         if sampling.filters:
             self._draw(sampling)
+        if outlook_layer:
+            candidate = self._outlook.head.candidate(outlook_layer)
+            self._outlook(self.hidden[0], self._out, self._state, candidate, warmth(sampling.temperature))
         self._mail.answer(self._out, self._outs)
+
+    @cached_property
+    def _outlook(self) -> Outlook:
+        assert self.lm.acceptance_head is not None  # whoever reads it has one
+        return Outlook(self.lm.acceptance_head, self.lm.final_norm, self.lm.norm_eps)
 
     def _draw(self, sampling: Sampling) -> None:
         slot = self._state[1:2]
