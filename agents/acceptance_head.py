@@ -29,7 +29,7 @@ from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance_head import INPUTS, AcceptanceHead, inputs_of, sharpness
 from lede_env.engine.layered_lm import rms_norm
-from lede_env.engine.signals import OUTLOOK, log_probabilities, warmth
+from lede_env.engine.signals import OUTLOOK, warmth
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_folder
 from lede_env.tasks import fit_prompt, load_prompts
@@ -141,7 +141,6 @@ class Model:
     def _learned(self, states: Tensor, full: Tensor, targets: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         count, width = states.shape[:2]
         at_full, logits = self.model.lm_head(full), self.model.lm_head(states)  # (n, V), (n, C, V)
-        log_p = log_probabilities(logits)
         best = logits.amax(-1)
         random = 0.2 + torch.rand(count, generator=generator, device=self.device)
         made: dict[str, list[Tensor]] = {"warmth": [], "draft": [], "shortfall": [], "chance": [], "expected": []}
@@ -161,7 +160,7 @@ class Model:
             for name, value in zip(made, (warm, draft.int(), short, chance, expected), strict=True):
                 made[name].append(value)
         of_target = best - logits.gather(-1, targets[:, None, None].expand(-1, width, 1))[..., 0]
-        sharp = sharpness(log_p)
+        sharp = sharpness(logits)
         fixed = {"state": states.half(), "sharp": sharp, "target": targets.int(), "target_shortfall": of_target}
         return fixed | {name: torch.stack(values, -1) for name, values in made.items()}
 

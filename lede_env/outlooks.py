@@ -37,7 +37,7 @@ def with_outlook(
         raise LedeError(f"{lm.name!r} has no acceptance head; train one: python -m agents.acceptance_head")
     check_model(trace, lm.name, lm.fingerprint)
     known = {prompt.id: prompt for prompt in prompts}
-    reader = _Reader(trace, lm)
+    reader = Reader(trace, lm)
     for text in range(len(trace.starts) - 1):
         place = text // trace.header.samples
         prompt = known.get(trace.prompt_ids[place])
@@ -52,7 +52,7 @@ def with_outlook(
     )
 
 
-class _Reader:
+class Reader:
     """One row of cache, as deep as the deepest candidate: a text, then the branches of one candidate behind it."""
 
     def __init__(self, trace: Trace, lm: LayeredLM):
@@ -86,7 +86,9 @@ class _Reader:
         if not len(at):
             return
         begins, ends = trace.branch_starts[branches[at]], trace.branch_starts[branches[at] + 1]
-        inputs, slots, own = [], [], []
+        inputs: list[int] = []
+        slots: list[int] = []
+        own: list[int] = []
         for number, (place, begin, end) in enumerate(zip(at.tolist(), begins.tolist(), ends.tolist(), strict=True)):
             inputs += [int(trace.drafts[rows[place], candidate]), *trace.branch_tokens[begin : end - 1].tolist()]
             slots += range(first + 1 + place, first + 1 + place + end - begin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lede_env.engine.acceptance import draw_rows, greedy_match, speculative_matches
-from lede_env.engine.read_signals import ENTROPY, GUESS, LOG_SUM, SIZE, TOKEN, TOKEN_LOGIT, TOP
+from lede_env.engine.acceptance_head import ask_head
+from lede_env.engine.read_signals import AHEAD, ENTROPY, GUESS, LOG_SUM, ODDS, SIZE, TOKEN, TOKEN_LOGIT, TOP
 from lede_env.engine.session import Session
 
 
@@ -38,7 +39,7 @@ class Stepwise(Session):
         self.feed([0], [token])
         self.advance([0], [goal])
 
-    def read(self, guess, uniform, sampling):
+    def read(self, guess, uniform, sampling, outlook_layer=0):
         slot = len(self.depth[0]) - 1
         logits = self.lm.logits(self.newest([0]))  # (1, V)
         token = int(logits.argmax()) if uniform is None else draw_rows(sampling.probabilities(logits), [uniform])[0]
@@ -48,6 +49,9 @@ class Stepwise(Session):
         self._out[: len(top.values)] = top.values
         self._out[LOG_SUM], self._out[ENTROPY] = logits[0].logsumexp(-1), -(log_p.exp() * log_p).nansum()
         self._out[GUESS], self._out[TOKEN], self._out[TOKEN_LOGIT] = logits[0, max(guess, 0)], token, logits[0, token]
+        if outlook_layer:
+            own = ask_head(self.lm, self.newest([0]), outlook_layer, sampling.temperature, token, logits[0])
+            self._out[ODDS : AHEAD + 1] = own[0]
 
     def drawn(self):
         return self._out.tolist()

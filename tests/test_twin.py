@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import lede_env
 from lede_env.decoding.strategies.lite import stored_thresholds
 from lede_env.engine.acceptance import Sampling
+from lede_env.engine.acceptance_head import ask_head
 from lede_env.models import assembly, twin
 from lede_env.models.loading import EMBEDDED, load_model
 from lede_env.models.twin import residual_copies, twin_model, write_twin
@@ -183,6 +184,23 @@ def test_the_shipped_policy_runs_on_a_twin(small_zoo, tiny, name):
         if lm.n_layers % 16 == 0:  # else the feature `layer` is rounded, 0.2 for 3/16
             assert [list(round_.exits) for round_ in mine.rounds] == exits
         assert {layer for round_ in mine.rounds for layer in round_.exits} <= set(lm.candidate_layers)
+
+
+def test_a_twin_says_what_its_donor_says(small_zoo, tiny):
+    twin = load_model("llama2-7b", weights="twin", device="cpu", dtype="float32")
+    assert twin.acceptance_head.candidate_layers == twin.candidate_layers
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(tiny.geometry.vocab, generator=generator)
+    with torch.inference_mode(), tiny.session(1, 64) as mine, twin.session(1, 64) as theirs:
+        for session, layer in ((mine, 3), (theirs, twin.candidate_layers[0])):
+            session.prefill(0, [5, 6, 7])
+            session.feed([0], [8])
+            session.advance([0], [layer])
+        said = [
+            ask_head(lm, session.newest([0]), lm.candidate_layers[0], 0.6, 17, logits)
+            for lm, session in ((tiny, mine), (twin, theirs))
+        ]
+    torch.testing.assert_close(*said, atol=1e-3, rtol=1e-3)
 
 
 def test_other_policies_are_still_refused(small_zoo, tiny):

@@ -373,7 +373,9 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
     for name in ("match", "branch_match"):
         match = getattr(trace, name)
         demand((match >= 0) & (match <= 1), f"{name} is not in [0, 1]")
-    for said in (trace.outlook, trace.branch_outlook) if trace.outlook is not None else ():
+    for said in (trace.outlook, trace.branch_outlook):
+        if said is None:
+            continue
         demand(np.isfinite(said), "what the acceptance head says is not finite")
         demand((said[..., 1] >= 0) & (said[..., 1] <= STEEPEST), f"its slope is not in [0, {STEEPEST:g}]")
     demand((trace.neg_log_p_max >= 0) & (trace.neg_log_p_max <= -LOG_FLOOR), "neg_log_p_max is out of its bounds")

@@ -83,7 +83,7 @@ def _draft(
     expected = _expected(row)
     for step, layer in enumerate(path):
         last = step + 1 == len(path)
-        session.read(guess, uniform, sampling, *([layer] if row.outlook else []))
+        session.read(guess, uniform, sampling, layer if row.outlook else 0)
         lap("heads")
         ahead = row.control.path(replace(row.round, exits=[*row.round.exits, layer]))  # if the draft leaves here
         # A next draft that begins deeper would move this one's slot along: not on a guess.
@@ -93,7 +93,7 @@ def _draft(
             lap("drafting layers")
         values = session.drawn()
         place = (layer, session.lm.n_layers, len(row.round.drafts), row.control.cap)
-        signals = ReadSignals(*place, *context, sampling.temperature, values=values)
+        signals = ReadSignals(*place, *context, temperature=sampling.temperature, values=values)
         lap("signals")
         leaves = last or row.control.leave(signals, row.round)
         lap("policy")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from lede_env.engine.signals import CONFIDENCE_K, OUTLOOK, entropy, log_probabilities, shortfalls, warmth
+from lede_env.engine.signals import CONFIDENCE_K, LOG_FLOOR, OUTLOOK, shortfalls, warmth
 from lede_env.errors import LedeError
 
 if TYPE_CHECKING:
@@ -32,9 +32,18 @@ STEEPEST = 5.0  # bound of |log slope|
 TENSORS = ("state", "token", "signals", "bias", "middle", "middle_bias", "out", "out_bias")
 
 
-def sharpness(log_p: Tensor) -> Tensor:
-    """(..., V) log-probabilities at T = 1 -> (..., 6) the five largest, and the entropy."""
-    return torch.cat([log_p.topk(CONFIDENCE_K, dim=-1).values, entropy(log_p).unsqueeze(-1)], -1)
+def sharpness(logits: Tensor) -> Tensor:
+    """(..., V) logits -> (..., 6) the five largest log-probabilities at T = 1, and the entropy.
+
+    Not by way of all log-probabilities, which cost a CPU twice as much. The floor keeps denormal numbers out, which
+    would cost it twenty times as much.
+    """
+    top, place = logits.topk(CONFIDENCE_K, dim=-1)
+    below = (logits - top[..., :1]).clamp_min_(LOG_FLOOR)
+    p = below.softmax(-1)
+    log_p = p.gather(-1, place).log_()
+    spread = -log_p[..., :1] - torch.linalg.vecdot(p, below).unsqueeze(-1)
+    return torch.cat([log_p.clamp_min_(LOG_FLOOR), spread.clamp_min_(0.0)], -1)
 
 
 def inputs_of(sharp: Tensor, shortfall: Tensor, warm: Tensor) -> Tensor:
@@ -80,7 +89,7 @@ class AcceptanceHead:
         """(N, H) un-normed states at a layer, their (N, V) logits, (N,) drafts -> (N, 3) odds, slope and ahead."""
         normed = lm.normed(states)[:, : len(self.state)].float()
         warm = torch.full_like(logits[:, 0], warmth(temperature))
-        inputs = inputs_of(sharpness(log_probabilities(logits)), shortfalls(logits, tokens), warm)
+        inputs = inputs_of(sharpness(logits), shortfalls(logits, tokens), warm)
         return self.outlook(normed, tokens, inputs.float(), self.candidate(layer))
 
     def outlook(self, normed: Tensor, tokens: Tensor, inputs: Tensor, candidate: int) -> Tensor:
