@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from multiprocessing import get_context
@@ -35,6 +35,7 @@ from lede_env.decoding.strategies import STRATEGIES, Control, LayerSkip, Strateg
 from lede_env.display.progress import progress_bar
 from lede_env.engine import acceptance
 from lede_env.engine.acceptance import Draws, Sampling, derive_seed, draw, speculative_matches
+from lede_env.engine.acceptance_head import AcceptanceHead
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.round import Counts
 from lede_env.engine.signals import Signals
@@ -58,6 +59,16 @@ class WaryPolicy:
         return np.where(phase == 1.0, margin > 0.5, peril < -0.5).astype(np.float64)
 
 
+class HeadPolicy:
+    """Stops drafting by what an acceptance head says of the drafts and coins drawn: one of random weights here."""
+
+    features = ("phase", "margin", "risk", "ahead")
+
+    def exit_probability(self, observations: np.ndarray) -> np.ndarray:
+        phase, margin, risk, ahead = observations.T
+        return np.where(phase == 1.0, margin > 0.5, risk < 1.0 + ahead).astype(np.float64)
+
+
 # What is tested of each strategy, on a model of LAYERS layers. A new strategy needs a row.
 INSTANCES: dict[str, Callable[..., list[Strategy]]] = {
     "autoregressive": lambda strategy: [strategy()],
@@ -70,6 +81,7 @@ INSTANCES: dict[str, Callable[..., list[Strategy]]] = {
         strategy(ThresholdPolicy({1: 0.5, 2: 0.3}, LAYERS)),
         strategy(RandomPolicy(0.6)),
         strategy(WaryPolicy()),
+        strategy(HeadPolicy()),
     ],
 }
 
@@ -103,7 +115,8 @@ def small_model(seed: int = 0) -> tuple[LayeredLM, LlamaForCausalLM]:
         model.lm_head.weight *= 0.5
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return lede_env.load_model(folder, device="cpu", dtype="float64"), model
+        lm = lede_env.load_model(folder, device="cpu", dtype="float64")
+    return replace(lm, acceptance_head=AcceptanceHead.random(lm, seed)), model
 
 
 @torch.inference_mode()

@@ -16,9 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lede_env.engine.acceptance_head import INPUTS, AcceptanceHead
 from lede_env.engine.layered_lm import Geometry, Layer
-from lede_env.engine.signals import DRAFT_FEATURES, OUTLOOK
+from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.policies import MLPPolicy
 
 SIZES = dict(
@@ -123,23 +122,6 @@ def scripted_model(donor, ids, wrong=()):
         norm_eps=donor.norm_eps.double(),
         rope=donor.rope.to(torch.complex128),
     )
-
-
-def random_head(lm, units=8, seed=0):
-    """An acceptance head with random weights, made for `lm`."""
-    generator, geometry = torch.Generator().manual_seed(seed), lm.geometry
-    shapes = dict(
-        state=(geometry.hidden, units),
-        token=(geometry.vocab, units),
-        signals=(INPUTS, units),
-        bias=(len(lm.candidate_layers), units),
-        middle=(units, units),
-        middle_bias=(units,),
-        out=(units, OUTLOOK),
-        out_bias=(OUTLOOK,),
-    )
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return AcceptanceHead(lm.fingerprint, lm.candidate_layers, **tensors)
 
 
 class CoinPolicy:

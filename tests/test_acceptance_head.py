@@ -12,12 +12,12 @@ import torch
 import lede_env
 from agents.acceptance_head import Args, main
 from lede_env.data.registry import load_trace
-from lede_env.engine.acceptance_head import TENSORS, load_head
+from lede_env.engine.acceptance_head import TENSORS, AcceptanceHead, load_head
 from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES, draft_odds, draft_risk, feature_bounds
 from lede_env.models.loading import HEAD, load_model
 from lede_env.outlooks import Reader, with_outlook
 from lede_env.tasks import load_prompts
-from tests.small_models import random_head, save_random_model
+from tests.small_models import save_random_model
 
 
 class Cautious:
@@ -34,7 +34,7 @@ def folder_with_head(folder, **changes):
     """A small checkpoint with an acceptance head beside it."""
     save_random_model(folder, "llama")
     lm = load_model(folder, device="cpu", dtype="float32")
-    head = replace(random_head(lm), **changes)
+    head = replace(AcceptanceHead.random(lm), **changes)
     head.save(folder / HEAD)
     return head
 

@@ -21,6 +21,7 @@ from gymnasium.wrappers.vector import DictInfoToList
 import lede_env
 from lede_env.data.trace_file import load_trace, text_digest
 from lede_env.engine.acceptance import Sampling
+from lede_env.engine.acceptance_head import AcceptanceHead
 from lede_env.engine.cost_model import load_cost_model
 from lede_env.engine.signals import KNOWN_FEATURES
 from lede_env.envs import source, trace_backend
@@ -29,7 +30,7 @@ from lede_env.errors import LedeError
 from lede_env.outlooks import with_outlook
 from lede_env.tasks import Prompt, load_prompts
 from lede_env.tracing import record_trace
-from tests.small_models import CoinPolicy, random_head
+from tests.small_models import CoinPolicy
 
 ROUND_KEYS = {"exit_layer", "drafted", "accepted", "emitted", "rounds"}
 ACTION_KEYS = {"cost", "discount", "reward_terms", *ROUND_KEYS}
@@ -109,7 +110,7 @@ def small_setup(random_model, tmp_path_factory):
     lm, _ = random_model("llama-gqa", late_scale=0.12, early=1)
     # Nine ends of a text, so that some texts have one and some have not, in drafts and after them.
     lm = replace(lm, eos_ids=tuple(range(40, 49)), candidate_layers=(1, 2, 4))
-    return Small(replace(lm, acceptance_head=random_head(lm)), tmp_path_factory.mktemp("small"))
+    return Small(replace(lm, acceptance_head=AcceptanceHead.random(lm)), tmp_path_factory.mktemp("small"))
 
 
 def walk(env, policy, **reset):

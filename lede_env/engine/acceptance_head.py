@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lede_env.engine.signals import CONFIDENCE_K, LOG_FLOOR, OUTLOOK, shortfalls, warmth
@@ -38,12 +39,13 @@ def sharpness(logits: Tensor) -> Tensor:
     Not by way of all log-probabilities, which cost a CPU twice as much. The floor keeps denormal numbers out, which
     would cost it twenty times as much.
     """
-    top, place = logits.topk(CONFIDENCE_K, dim=-1)
+    top, place = logits.topk(min(CONFIDENCE_K, logits.shape[-1]), dim=-1)
     below = (logits - top[..., :1]).clamp_min_(LOG_FLOOR)
     p = below.softmax(-1)
     log_p = p.gather(-1, place).log_()
     spread = -log_p[..., :1] - torch.linalg.vecdot(p, below).unsqueeze(-1)
-    return torch.cat([log_p.clamp_min_(LOG_FLOOR), spread.clamp_min_(0.0)], -1)
+    log_p = F.pad(log_p.clamp_min_(LOG_FLOOR), (0, CONFIDENCE_K - log_p.shape[-1]), value=LOG_FLOOR)
+    return torch.cat([log_p, spread.clamp_min_(0.0)], -1)
 
 
 def inputs_of(sharp: Tensor, shortfall: Tensor, warm: Tensor) -> Tensor:
@@ -100,6 +102,15 @@ class AcceptanceHead:
         answer = torch.addmm(self.out_bias, torch.relu_(torch.addmm(self.middle_bias, hidden, self.middle)), self.out)
         answer[:, 1].clamp_(-STEEPEST, STEEPEST).exp_()
         return answer
+
+    @classmethod
+    def random(cls, lm: LayeredLM, seed: int = 0, units: int = 8) -> AcceptanceHead:
+        """Of random weights, for tests."""
+        generator, sizes = torch.Generator().manual_seed(seed), lm.geometry
+        shapes = [(sizes.hidden, units), (sizes.vocab, units), (INPUTS, units), (len(lm.candidate_layers), units),
+                  (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        return cls(lm.fingerprint, lm.candidate_layers, *(tensor.to(lm.device) for tensor in tensors))
 
     @classmethod
     def of(cls, net: Any, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:

@@ -58,8 +58,8 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
 
     ## Observation Space
     `Box(float32)` of the chosen features of the next-token distribution of the draft in view, always at temperature
-    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is all fourteen; a tuple
-    of names picks.
+    1. `features="paper"` is the first three, which hide layer and phase (a POMDP); `"extended"` is the first fourteen; a
+    tuple of names picks, of the last three too, where the model has an acceptance head.
 
     | Num | Feature    | Meaning                                                         | Min | Max    |
     |-----|------------|-----------------------------------------------------------------|-----|--------|
@@ -77,11 +77,18 @@ class SpeculativeDraftEnv(gym.Env[np.ndarray, np.int64]):
     | 11  | temperature | T / (1 + T) of the sampling temperature                        | 0   | 1      |
     | 12  | drawn      | log p of the best token minus that of the token drawn; in phase 1, before the draw: 0 | 0 | 30 |
     | 13  | peril      | how likely a draft is to be rejected, below      | -30 | 30 |
+    | 14  | risk       | -log of the chance that all drafts drawn in this round are accepted | 0 | 30 |
+    | 15  | odds       | log-odds that the draft in view is                              | -30 | 30    |
+    | 16  | ahead      | log-odds that the next one would be, should it be               | -30 | 30    |
 
     `peril` is the largest, over the drafts drawn in this round, of log(1 + exp(-margin)) + drawn + log(coin); -30 in
     phase 1. The coin is the uniform number by which speculative sampling will accept the draft, where it is below
     p / q. Decoding stays lossless: the coin is drawn after its token, which is verified whatever is decided then.
     Greedy decoding leaves nothing to chance: a coin of 1.
+
+    `risk`, `odds` and `ahead` are what the model's acceptance head says (`lede_env.engine.acceptance_head`) of its state
+    at the layer, the draft and its coin; 0 in phase 1. The embedded model and its twins have one, and so do the traces
+    that ship; others are trained by `python -m agents.acceptance_head`.
 
     ## Rewards
     All paid at verification, which carries `info["discount"] = 0`; all other steps are worth 0 and carry 1. Use
