@@ -8,7 +8,7 @@ answer is how likely the *next* draft is accepted, should this one be.
     python -m agents.acceptance_head --prompts openings.jsonl --out runs/acceptance_head
 
 Half an hour on a laptop for 300,000 positions; three million take four minutes on a GPU, and more texts help most.
-Prompts are the training ones of this project and those given; validation prompts choose nothing, they are reported.
+Prompts are the training ones of this project and those given; how the head fares on the validation ones is reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
-from lede_env.engine.acceptance_head import INPUTS, AcceptanceHead, inputs_of, sharpness
+from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead, inputs_of, sharpness
 from lede_env.engine.layered_lm import rms_norm
 from lede_env.engine.signals import OUTLOOK, warmth
 from lede_env.errors import LedeError
@@ -66,8 +66,13 @@ class Args:
         for name in ("repeats", "max_new_tokens", "batch", "hidden", "rows"):
             if getattr(self, name) < 1:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.epochs <= 0 or self.learning_rate <= 0 or not self.temperatures:
-            raise LedeError("epochs, learning_rate and temperatures must be positive, and there must be some")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0.0:
+                raise LedeError(f"{name}={getattr(self, name)}; expected a positive number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise LedeError(f"dropout={self.dropout}; expected a share in [0, 1)")
+        if not self.temperatures or min(self.temperatures) < 0.0:
+            raise LedeError(f"temperatures={self.temperatures}; expected at least one, none below 0")
 
 
 class Model:
@@ -195,7 +200,7 @@ def losses(net: Net, data: dict[str, Tensor], rows: Tensor, layer: Tensor, kind:
     draft, shortfall = data["draft"][rows, layer, kind].long(), data["shortfall"][rows, layer, kind]
     answer = net(state, draft, inputs_of(sharp, shortfall, warm), layer)
     coin = torch.where(warm > 0, torch.rand_like(warm).clamp_min(1e-6), 1.0)
-    log_odds = answer[:, 0] - answer[:, 1].clamp(-5, 5).exp() * coin.log()
+    log_odds = answer[:, 0] - answer[:, 1].clamp(-STEEPEST, STEEPEST).exp() * coin.log()
     kept = (coin <= data["chance"][rows, layer, kind]).float()
     own = F.binary_cross_entropy_with_logits(log_odds, kept, reduction="none")
     # The next draft, should this one be accepted: then it is the text's token.

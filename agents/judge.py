@@ -10,10 +10,10 @@ from typing import Any
 
 import gymnasium as gym
 
-from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.evaluation import Evaluation
 from lede_env.oracles import DraftTable, ExitTable, tabulate
 from lede_env.policies import RandomPolicy, check_compatible
+from lede_env.registration import extended_for
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,11 @@ class Problem:
 
 def problem(env_id: str, split: str, env_kwargs: Mapping[str, Any], reads: Sequence[str] = ()) -> Problem:
     """The problem that an environment poses on the prompts of a split; `reads`: features of an acceptance head too."""
-    beyond = tuple(name for name in reads if name in HEAD_FEATURES)
-    return _problem(env_id, split, json.dumps(env_kwargs, sort_keys=True), beyond)
+    return _problem(env_id, split, json.dumps(env_kwargs, sort_keys=True), extended_for(env_id, reads))
 
 
 @lru_cache(maxsize=8)
-def _problem(env_id: str, split: str, env_kwargs: str, beyond: tuple[str, ...]) -> Problem:
-    features = extended_with(beyond, "draft") if beyond else "extended"
+def _problem(env_id: str, split: str, env_kwargs: str, features: str | tuple[str, ...]) -> Problem:
     kwargs = {"backend": "trace", **json.loads(env_kwargs), "split": split, "features": features}
     env: Any = gym.make(env_id, **kwargs).unwrapped
     table = tabulate(env)

@@ -29,12 +29,11 @@ from benchmarks.harness import RESULTS, machine, print_table, ratio_interval, wr
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model
-from lede_env.engine.signals import extended_with
 from lede_env.envs.draft_mdp import DraftMDP
 from lede_env.evaluation import best_static, static_result
 from lede_env.oracles import DraftTable, Totals, tabulate
 from lede_env.policies import ExitPolicy, TrainedPolicy, load_policy
-from lede_env.registration import pinned
+from lede_env.registration import extended_for, pinned
 from lede_env.tasks import TASKS
 
 TUNED = "static tuned by task"  # on the validation prompts
@@ -71,7 +70,7 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
     """The rows of one environment and temperature."""
     settings: dict[str, Any] = dict(backend="trace", trace=args.trace, temperature=temperature, reward="throughput")
     reads = {name: None for policy in policies.values() for name in policy.features}
-    env: Any = gym.make(env_id, split=args.split, features=extended_with(reads, "draft"), **settings).unwrapped
+    env: Any = gym.make(env_id, split=args.split, features=extended_for(env_id, reads), **settings).unwrapped
     table = tabulate(env)
     assert isinstance(table, DraftTable)
     cost_model = pinned(env_id).cost_model

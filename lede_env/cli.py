@@ -253,10 +253,14 @@ def record_one_trace(
             command=shlex.join(["lede", *sys.argv[1:]]),
             progress=lambda done: bar.update(task_id, completed=done),
         )
-        if lm.acceptance_head is not None and set(config.candidate_layers) <= set(lm.acceptance_head.candidate_layers):
+        trace.save(out)
+        head = lm.acceptance_head
+        if head is not None and set(config.candidate_layers) <= set(head.candidate_layers):
             task_id = bar.add_task("asking the acceptance head", total=len(prompts) * samples)
             trace = with_outlook(trace, lm, prompts, lambda done: bar.update(task_id, completed=done))
-        trace.save(out)
+            trace.save(out)
+    if head is not None and trace.outlook is None:
+        console.print(f"without risk, odds and ahead: the acceptance head knows layers {head.candidate_layers} alone")
     console.print(f"{out}: {len(prompts)} prompts x {samples}, {len(trace.targets)} positions", markup=False)
 
 

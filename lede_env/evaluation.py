@@ -12,9 +12,9 @@ import numpy as np
 
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.round import DRAFT_CAP, draft_limit
-from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, RandomPolicy, check_compatible
+from lede_env.registration import extended_for
 
 if TYPE_CHECKING:
     from lede_env.oracles import DraftTable, ExitTable
@@ -191,7 +191,7 @@ def _problem(
     """The environment with all features, those of an acceptance head where `reads` names them, and its table."""
     from lede_env.oracles import tabulate
 
-    features = extended_with(reads, "draft") if set(HEAD_FEATURES).intersection(reads) else "extended"
+    features = extended_for(env_id, reads)
     try:
         env: Any = gym.make(env_id, **{"backend": "trace", "split": split, **kwargs, "features": features}).unwrapped
     except gym.error.Error as error:

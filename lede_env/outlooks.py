@@ -47,9 +47,8 @@ def with_outlook(
         reader.read(text, fit_prompt(lm.encode(prompt.text), room, prompt.task)[0])
         if progress:
             progress(text + 1)
-    return replace(
-        trace, outlook=quantize_outlook(reader.outlook), branch_outlook=quantize_outlook(reader.branch_outlook)
-    )
+    said, of_branches = quantize_outlook(reader.outlook), quantize_outlook(reader.branch_outlook)
+    return replace(trace, outlook=said, branch_outlook=of_branches, head=lm.acceptance_head.digest)
 
 
 class Reader:

@@ -24,10 +24,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from lede_env.arguments import whole_number
 from lede_env.data.trajectory_file import COLUMNS, Episode, TrajectoryWriter, read_trajectories
 from lede_env.digest import digest
-from lede_env.engine.signals import HEAD_FEATURES, extended_with
 from lede_env.errors import LedeError
 from lede_env.policies import CONTINUE, EXIT, ExitPolicy, check_compatible
-from lede_env.registration import pinned
+from lede_env.registration import extended_for, pinned
 
 # (observations (N, F), episode numbers (N,), steps into the episode (N,)) -> actions (N,), log-probabilities (N,)
 Act = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -38,7 +37,7 @@ def make_player_envs(env_id: str, num_envs: int, reads: Sequence[str] = (), **kw
 
     reads: what the player observes, for features of an acceptance head, which are there where it reads them.
     """
-    features = extended_with(reads, "draft") if set(HEAD_FEATURES).intersection(reads) else "extended"
+    features = extended_for(env_id, reads)
     fixed: dict[str, Any] = {"features": features, "episode": "prompt", "autoreset_mode": AutoresetMode.DISABLED}
     for name in fixed.keys() & kwargs.keys():
         raise LedeError(

@@ -11,6 +11,7 @@ Episodes end by themselves: `max_new_tokens` truncates them. So no spec has `max
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import gymnasium as gym
@@ -43,6 +44,15 @@ _THRESHOLDS = {
     "LEDE-Llama2-13B-Twin-v0": 176.0,  # whose 40 layers the candidates divide otherwise
     "LEDE-Llama2-13B-Twin-Draft-v0": 149.3,
 }
+
+
+def extended_for(env_id: str, reads: Iterable[str]) -> str | tuple[str, ...]:
+    """What `features` to make an environment with, so that it shows all of v0; on a draft MDP those of the acceptance
+    head too, where `reads` names one of them."""
+    from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES
+
+    draft = env_id in gym.registry and "draft" in str(gym.registry[env_id].entry_point)
+    return KNOWN_FEATURES["draft"] if draft and set(HEAD_FEATURES).intersection(reads) else "extended"
 
 
 def _table() -> dict[str, ExitConfig]:

@@ -383,5 +383,5 @@ def _assemble(
         starts=np.cumsum([0, *(len(text["targets"]) for text in texts)]),
         branch=branch,
         branch_starts=np.cumsum([0, *lengths]),
-        **joined,
+        **cast(dict[str, Any], joined),
     )

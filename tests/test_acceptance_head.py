@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -133,8 +135,37 @@ def test_the_program_trains_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"hidden": 0}, "hidden=0"), ({"epochs": 0.0}, "epochs"), ({"temperatures": ()}, "temperatures")],
+    [
+        ({"hidden": 0}, "hidden=0"),
+        ({"epochs": 0.0}, "epochs=0.0"),
+        ({"temperatures": (-1.0,)}, "temperatures"),
+        ({"dropout": 1.5}, "dropout=1.5"),
+    ],
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(lede_env.LedeError, match=message):
         Args(**changes)
+
+
+def test_answers_of_another_head_are_noticed(tiny, tmp_path):
+    other = replace(tiny.acceptance_head, out_bias=tiny.acceptance_head.out_bias + 1.0)
+    lm = replace(tiny, acceptance_head=other)
+    with pytest.raises(lede_env.LedeError, match="another acceptance head"):
+        lede_env.generate(lm, "a", strategy=lede_env.Lede(), max_new_tokens=4)
+    trace = load_trace("tiny-greedy-v0")
+    assert trace.head == tiny.acceptance_head.digest
+    changed = replace(trace, outlook=trace.outlook + 1.0)
+    changed.save(tmp_path / "t.h5")
+    with h5py.File(tmp_path / "t.h5", "a") as file:
+        file.attrs["outlook_digest"] = json.dumps(trace.outlook_digest)
+    with pytest.raises(lede_env.LedeError, match="what the acceptance head says is not what was written"):
+        load_trace(tmp_path / "t.h5")
+
+
+def test_layers_that_the_head_does_not_know(tiny):
+    with pytest.raises(lede_env.LedeError, match="not at 5"):
+        lede_env.generate(tiny, "a", strategy=lede_env.Lede(exit_layer=5), max_new_tokens=1)
+    out = lede_env.generate(tiny, "a", strategy=lede_env.Lede(exit_layer=5, speculation=3), max_new_tokens=8)
+    assert out.token_ids == lede_env.generate(tiny, "a", max_new_tokens=8).token_ids  # nothing is asked
+    with pytest.raises(lede_env.LedeError, match="not at 5"):
+        gym.make("LEDE-Tiny-Draft-v0", candidate_layers=(5, 7), features=("risk", "margin"), device="cpu")

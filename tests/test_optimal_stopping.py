@@ -16,6 +16,7 @@ from lede_env.engine.signals import DRAFT_FEATURES
 from lede_env.envs.draft_env import SpeculativeDraftEnv
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model
+from lede_env.outlooks import with_outlook
 from lede_env.policies import MLPPolicy, StaticRounds
 from lede_env.policies.tree import LEAF
 from lede_env.tasks import load_prompts
@@ -32,7 +33,8 @@ def traces(tmp_path_factory):
     files = []
     for temperature in (0.0, 0.6):
         files.append(folder / f"{temperature}.h5")
-        record_trace(lm, prompts, LAYERS, TOKENS, Sampling(temperature), 0).save(files[-1])
+        trace = record_trace(lm, prompts, LAYERS, TOKENS, Sampling(temperature), 0)
+        with_outlook(trace, lm, prompts).save(files[-1])
     return files
 
 

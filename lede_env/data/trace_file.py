@@ -56,7 +56,7 @@ ARRAYS: dict[str, np.dtype] = {
 }
 # What an acceptance head says of the drafts, in traces that hold it. Not part of the digest, which is of the texts.
 OUTLOOKS = ("outlook", "branch_outlook")
-SAID, STEEPEST = 3, 150.0  # numbers a draft; the most a slope can be
+SAID, MAX_SLOPE = 3, 150.0  # numbers a draft; the most a slope can be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,7 @@ class Trace:
     branch_match: np.ndarray
     outlook: np.ndarray | None = None
     branch_outlook: np.ndarray | None = None
+    head: str = ""  # the digest of that head
 
     def __post_init__(self) -> None:
         for name, dtype in self.types.items():
@@ -162,13 +163,19 @@ class Trace:
     @property
     def types(self) -> dict[str, np.dtype]:
         """Dataset -> type on disk."""
-        return ARRAYS | (dict.fromkeys(OUTLOOKS, np.dtype("<f4")) if self.outlook is not None else {})
+        said = [name for name in OUTLOOKS if getattr(self, name) is not None]
+        return ARRAYS | dict.fromkeys(said, np.dtype("<f4"))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the arrays and the prompt table, whatever file they are in."""
         strings = {name: np.frombuffer("\0".join(getattr(self, name)).encode(), np.uint8) for name in STRINGS}
         return checksum({name: getattr(self, name) for name in ARRAYS} | strings)
+
+    @cached_property
+    def outlook_digest(self) -> str:
+        """SHA-256 (hex) of what the acceptance head says."""
+        return checksum({name: getattr(self, name) for name in self.types.keys() - ARRAYS.keys()})
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -230,8 +237,12 @@ def load_trace(path: str | os.PathLike) -> Trace:
         arrays: dict[str, Any] = {name: tuple(file[name].asstr()[:].tolist()) for name in STRINGS}
         arrays |= {name: file[name][:] for name in (*ARRAYS, *OUTLOOKS) if name in file}
         recorded = json.loads(file.attrs["digest"])
+        said = json.loads(file.attrs.get("outlook_digest", '""'))
+        arrays["head"] = json.loads(file.attrs.get("acceptance_head", '""'))
     trace = Trace(header, **arrays)
     check_trace(trace, path)
+    if trace.outlook is not None and trace.outlook_digest != said:
+        raise LedeError(f"{path}: corrupted: what the acceptance head says is not what was written; record it again")
     if trace.digest != recorded:
         raise LedeError(f"{path}: corrupted: the arrays' digest is {trace.digest}, not {recorded}; record it again")
     return trace
@@ -278,7 +289,10 @@ def _encode(trace: Trace) -> bytes:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(trace.header)}
-        for name, value in {**attributes, "digest": trace.digest}.items():
+        said = {"digest": trace.digest}
+        if trace.outlook is not None:
+            said |= {"acceptance_head": trace.head, "outlook_digest": trace.outlook_digest}
+        for name, value in {**attributes, **said}.items():
             file.attrs[name] = json.dumps(value, sort_keys=True, allow_nan=False)
         for name in STRINGS:
             strings = np.array(getattr(trace, name), dtype=object)
@@ -377,7 +391,7 @@ def check_trace(trace: Trace, path: str | os.PathLike) -> None:
         if said is None:
             continue
         demand(np.isfinite(said), "what the acceptance head says is not finite")
-        demand((said[..., 1] >= 0) & (said[..., 1] <= STEEPEST), f"its slope is not in [0, {STEEPEST:g}]")
+        demand((said[..., 1] >= 0) & (said[..., 1] <= MAX_SLOPE), f"its slope is not in [0, {MAX_SLOPE:g}]")
     demand((trace.neg_log_p_max >= 0) & (trace.neg_log_p_max <= -LOG_FLOOR), "neg_log_p_max is out of its bounds")
     chance = trace.accept_probability
     demand((chance >= 0) & (chance <= 1), "accept_probability is not in [0, 1]")

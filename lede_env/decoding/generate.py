@@ -234,12 +234,6 @@ def _make_rows(
         raise LedeError("stop='' would end every text at once; give a string of at least one character, or stop=()")
     if stops and lm.tokenizer is None:
         raise LedeError(f"stop={tuple(stops)!r} needs a tokenizer, and model {lm.name!r} has none; leave it out")
-    outlook = bool(set(HEAD_FEATURES).intersection(strategy.reads))
-    if outlook and lm.acceptance_head is None:
-        raise LedeError(
-            f"strategy {strategy.name!r} reads {HEAD_FEATURES}, what an acceptance head says, and model {lm.name!r} "
-            "has none; train one (python -m agents.acceptance_head), or a policy on other features"
-        )
     rows = []
     for index, prompt in enumerate(prompts):
         ids = lm.encode(prompt)
@@ -263,9 +257,14 @@ def _make_rows(
                 trace=TraceWindow() if "trace" in strategy.reads else None,
                 lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
                 doubts=bool({"doubt", "peril"}.intersection(strategy.reads)),
-                outlook=outlook,
+                outlook=bool(set(HEAD_FEATURES).intersection(strategy.reads)),
                 text=TextStream(lm, tuple(stops)) if stops or (streaming and lm.tokenizer is not None) else None,
             )
+        )
+    if lm.acceptance_head is None and any(row.outlook for row in rows):
+        raise LedeError(
+            f"strategy {strategy.name!r} reads {HEAD_FEATURES}, what an acceptance head says, and model {lm.name!r} "
+            "has none; train one (python -m agents.acceptance_head), or a policy on other features"
         )
     return rows
 

@@ -13,8 +13,10 @@ All of it is known once x is drawn, so whether another draft is made may depend 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -76,6 +78,12 @@ class AcceptanceHead:
     def to(self, device: torch.device) -> Self:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
+    @cached_property
+    def digest(self) -> str:
+        """Of its weights: what traces and policies name it by."""
+        parts = [getattr(self, name).cpu().numpy().tobytes() for name in TENSORS]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
     def candidate(self, layer: int) -> int:
         """Place of a layer among the candidates."""
         if layer not in self.candidate_layers:
@@ -105,12 +113,11 @@ class AcceptanceHead:
 
     @classmethod
     def random(cls, lm: LayeredLM, seed: int = 0, units: int = 8) -> AcceptanceHead:
-        """Of random weights, for tests."""
+        """Of random weights: to test what asks it."""
         generator, sizes = torch.Generator().manual_seed(seed), lm.geometry
-        shapes = [(sizes.hidden, units), (sizes.vocab, units), (INPUTS, units), (len(lm.candidate_layers), units),
-                  (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
-        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-        return cls(lm.fingerprint, lm.candidate_layers, *(tensor.to(lm.device) for tensor in tensors))
+        shapes = _shapes(sizes.hidden, sizes.vocab, len(lm.candidate_layers), units)
+        tensors: list[Any] = [torch.randn(shape, generator=generator).to(lm.device) for shape in shapes]
+        return cls(lm.fingerprint, lm.candidate_layers, **dict(zip(TENSORS, tensors, strict=True)))
 
     @classmethod
     def of(cls, net: Any, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:
@@ -145,6 +152,12 @@ class AcceptanceHead:
         return folder
 
 
+def _shapes(d: int, tokens: int, candidates: int, units: int) -> list[tuple[int, ...]]:
+    """Of `TENSORS`."""
+    return [(d, units), (tokens, units), (INPUTS, units), (candidates, units),
+            (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
+
+
 def ask_head(lm: LayeredLM, state: Tensor, layer: int, temperature: float, token: int, logits: Tensor) -> Tensor:
     """(1, 3) what a model's head says of a token drawn from (V,) logits, those of a (1, H) state at a layer."""
     assert lm.acceptance_head is not None  # whoever asks has made sure
@@ -168,11 +181,14 @@ def load_head(folder: str | Path) -> AcceptanceHead:
         head = AcceptanceHead(
             about["model_fingerprint"], tuple(about["candidate_layers"]), training=about["training"], **tensors
         )
-        d, units = head.state.shape
-        shapes = [(d, units), (len(head.token), units), (INPUTS, units), (len(head.candidate_layers), units),
-                  (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
-        if [tuple(getattr(head, name).shape) for name in TENSORS] != shapes:
-            raise ValueError(f"shapes {[tuple(getattr(head, name).shape) for name in TENSORS]}; expected {shapes}")
+        layers = head.candidate_layers
+        if not all(type(layer) is int for layer in layers) or list(layers) != sorted(set(layers)):
+            raise ValueError(f"candidate_layers {layers}; expected ascending numbers")
+        found = [tuple(getattr(head, name).shape) for name in TENSORS]
+        if found != (expected := _shapes(len(head.state), len(head.token), len(layers), head.state.shape[1])):
+            raise ValueError(f"shapes {found}; expected {expected}")
+        if not all(getattr(head, name).isfinite().all() for name in TENSORS):
+            raise ValueError("a weight that is not finite")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise LedeError(
             f"{folder} holds no readable acceptance head ({error!r}); copy head.json and head.safetensors again, or "

@@ -36,7 +36,7 @@ KNOWN_FEATURES = {"exit": EXIT_FEATURES, "draft": (*DRAFT_FEATURES, *HEAD_FEATUR
 OUTLOOK = 3  # numbers an acceptance head says of a draft: odds, slope, ahead
 
 # What each feature is: weights of the inputs, which are the raw signals and then the context.
-CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn", "peril", *HEAD_FEATURES)
+CONTEXT = ("trace", "layer", "match", "phase", "position", "doubt", "temperature", "drawn", "peril")
 INPUTS = RAW + len(CONTEXT)
 FEATURES: dict[str, dict[int, float]] = {
     "confidence": dict.fromkeys(range(CONFIDENCE_K), -1 / CONFIDENCE_K),
@@ -45,6 +45,7 @@ FEATURES: dict[str, dict[int, float]] = {
     "top1": {0: -1.0},
     "echo": {TOP + 1: -1.0},
     **{name: {place: 1.0} for place, name in enumerate(CONTEXT, RAW)},
+    **{name: {} for name in HEAD_FEATURES},  # 0 until an acceptance head has spoken
 }
 LOOKUP_FEATURES = {"match", "echo"}
 
@@ -65,12 +66,6 @@ def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
     if unknown or not names or len(set(names)) != len(names):
         raise LedeError(f"features={names!r}: expected distinct names out of {known} ({mdp} MDP)")
     return names
-
-
-def extended_with(names: Iterable[str], mdp: str) -> tuple[str, ...]:
-    """The extended features, and behind them those of `names` that they leave out."""
-    extended = MDP_FEATURES[mdp]
-    return (*extended, *(name for name in names if name in KNOWN_FEATURES[mdp] and name not in extended))
 
 
 def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,14 +137,14 @@ def compute_features(
     temperature: float = 0.0,
     drawn: np.ndarray | float = 0.0,
     peril: np.ndarray | float = LOG_FLOOR,
-    risk: np.ndarray | float = 0.0,
-    odds: np.ndarray | float = 0.0,
-    ahead: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features."""
+    """(..., RAW) raw signals and their context, all broadcastable -> (..., len(names)) float32 features.
+
+    `HEAD_FEATURES` are 0: what a head says is no function of these.
+    """
     inputs = np.empty((*raw.shape[:-1], INPUTS), raw.dtype)
     inputs[..., :RAW] = raw
-    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn, peril, risk, odds, ahead)
+    context = (trace, layer, match, phase, position, doubt, warmth(temperature), drawn, peril)
     for place, value in enumerate(context, RAW):
         inputs[..., place] = value
     # Not by BLAS: there the last bit depends on the number of threads, and datasets are compared bit for bit.

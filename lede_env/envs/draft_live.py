@@ -98,7 +98,10 @@ class DraftLiveBackend:
         self._lanes = [_Lane(0, Draws(0), None) for _ in range(lanes)]
         self._looks_up = bool(LOOKUP_FEATURES.intersection(features))
         self._head = lm.acceptance_head if set(HEAD_FEATURES).intersection(features) else None
-        if self._head is None and set(HEAD_FEATURES).intersection(features):
+        if self._head is not None:
+            for layer in candidate_layers:
+                self._head.candidate(layer)  # raises where it knows nothing of that layer
+        elif set(HEAD_FEATURES).intersection(features):
             raise LedeError(
                 f"the features {HEAD_FEATURES} are what a model's acceptance head says, and {lm.name!r} has none; "
                 "train one (python -m agents.acceptance_head), or choose other features"

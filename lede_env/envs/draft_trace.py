@@ -160,7 +160,7 @@ class DraftTraceBackend(TraceBackend):
         if trace.outlook is None or trace.branch_outlook is None:
             raise LedeError(
                 f"the features {HEAD_FEATURES} are what a model's acceptance head says, which this trace does not "
-                "hold; record it again with a model that has one, or choose other features"
+                "hold; record it again with a model that has one, at layers it knows, or choose other features"
             )
         said = np.concatenate([trace.outlook.reshape(cells, -1), trace.branch_outlook]).astype(np.float64)
         coin = np.concatenate([trace.coin.reshape(-1), trace.branch_coin])

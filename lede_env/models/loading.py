@@ -14,11 +14,10 @@ from lede_env.errors import LedeError
 from lede_env.models.assembly import assemble
 from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import read_config, read_eos_ids, settings_of
-from lede_env.models.twin import MARK, read_mark, twin_model
+from lede_env.models.twin import HEAD, MARK, read_mark, twin_model
 from lede_env.models.zoo import MODELS, ModelSpec, default_candidates, find_spec, find_twin, twin_layer, twin_spec
 
 EMBEDDED = Path(__file__).parent / "tiny"
-HEAD = "acceptance_head"  # folder, in a model's, of its acceptance head
 _loaded: dict[tuple, LayeredLM] = {}
 
 
@@ -68,6 +67,11 @@ def _with_head(lm: LayeredLM, folder: Path) -> LayeredLM:
         raise LedeError(
             f"the acceptance head in {folder} was trained for a model with fingerprint {head.fingerprint}, but "
             f"{lm.name!r} has {lm.fingerprint}; remove it, or train one: python -m agents.acceptance_head"
+        )
+    if len(head.state) > lm.geometry.hidden or len(head.token) > lm.geometry.vocab:
+        raise LedeError(
+            f"the acceptance head in {folder} reads {len(head.state)} channels and {len(head.token)} tokens, but "
+            f"{lm.name!r} has {lm.geometry.hidden} and {lm.geometry.vocab}; train one: python -m agents.acceptance_head"
         )
     if lm.donor_layers is not None:
         layers = tuple(twin_layer(layer, lm.donor_layers, lm.n_layers) for layer in head.candidate_layers)

@@ -48,6 +48,7 @@ from lede_env.models.checkpoint import FolderTensors, read_tokenizer
 from lede_env.models.config import geometry_of, read_config, read_eos_ids, settings_of, spec_config
 from lede_env.models.zoo import ModelSpec, twin_layer, twin_name, twin_spec
 
+HEAD = "acceptance_head"  # folder, in a model's, of its acceptance head
 CONTEXT = 4096  # for timing: beyond the donor's training length
 MARK = "lede_twin"  # what a written twin's config.json says of it, and, of what model, each of its files
 SHARD = 2**31  # most bytes a written file, and of host memory while writing
@@ -250,6 +251,8 @@ def write_twin(spec: ModelSpec, donor: Path, folder: Path, device: torch.device,
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (donor / name).is_file():
             shutil.copy(donor / name, folder)
+    if (donor / HEAD).is_dir():
+        shutil.copytree(donor / HEAD, folder / HEAD, dirs_exist_ok=True)
     (folder / "README.md").write_text(CARD.format(name=twin_name(spec.name), of=spec.name))
     _write_config(tensors, donor, folder)
 

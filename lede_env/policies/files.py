@@ -76,6 +76,7 @@ def _build(card: Mapping[str, Any], tensor_file: Path) -> TrainedPolicy:
     shared: dict[str, Any] = dict(
         features=tuple(card["features"]),
         candidate_layers=tuple(card["candidate_layers"]),
+        head=card.get("acceptance_head"),
         **{name: card[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name", "training")},
     )
     if card["kind"] == TreePolicy.kind:

@@ -34,6 +34,7 @@ class TrainedPolicy:
     model_fingerprint: str
     model_name: str
     training: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None  # digest of the acceptance head whose answers it learned from, if it reads any
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class TrainedPolicy:
             "model_fingerprint": self.model_fingerprint,
             "model_name": self.model_name,
             "training": self.training,
-        }
+        } | ({"acceptance_head": self.head} if self.head is not None else {})
 
 
 def made_for(attributes: Mapping[str, Any]) -> dict[str, Any]:

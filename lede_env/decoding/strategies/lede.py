@@ -10,7 +10,7 @@ from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
-from lede_env.engine.signals import KNOWN_FEATURES
+from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, TrainedPolicy, check_compatible, load_policy
 
@@ -83,7 +83,11 @@ class Lede(Strategy):
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple((self.policy or load_policy("tiny")).features)
+        if self.exit_layer is not None and self.speculation is not None:
+            return ()  # nothing is left to decide
+        features = tuple((self.policy or load_policy("tiny")).features)
+        # With the length fixed there are no decisions but of phase 1, where an acceptance head has nothing to say yet.
+        return tuple(name for name in features if self.speculation is None or name not in HEAD_FEATURES)
 
     def start(self, lm, seed) -> Control:
         policy = self.policy
@@ -100,6 +104,14 @@ class Lede(Strategy):
         candidates = policy.candidate_layers if isinstance(policy, TrainedPolicy) else lm.candidate_layers
         check_compatible(policy, lm.fingerprint, candidates, KNOWN_FEATURES["draft"], "draft")
         layers = candidates if self.exit_layer is None else (self.exit_layer,)
+        head = lm.acceptance_head if set(HEAD_FEATURES).intersection(self.reads) else None
+        if head is not None and isinstance(policy, TrainedPolicy) and policy.head not in (None, head.digest):
+            raise LedeError(
+                f"the policy learned from the answers of another acceptance head ({policy.head}) than {lm.name!r} has "
+                f"({head.digest}); train it anew on a trace that this one has been asked about"
+            )
         for layer in layers:
             lm.check_exit_layer(layer)
+            if head is not None:
+                head.candidate(layer)  # raises where it knows nothing of that layer
         return _DualControl(policy, layers, self.speculation, Draws(derive_seed(seed, 0, 1)))
