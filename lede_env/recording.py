@@ -180,7 +180,12 @@ def run_attributes(envs: Any, **more: Any) -> dict[str, Any]:
 def policy_digest(policy: ExitPolicy) -> str:
     """What a policy is, whatever its path: its class and its fields, arrays by content. One that is no dataclass counts
     by its repr, which must then say all that matters."""
-    return digest([type(policy).__name__, asdict(policy) if is_dataclass(policy) else repr(policy)])
+    return digest([type(policy).__name__, asdict(policy, dict_factory=_said) if is_dataclass(policy) else repr(policy)])
+
+
+def _said(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields of a dataclass, without the acceptance head of a policy that reads none: it was told apart before."""
+    return {name: value for name, value in fields if name != "head" or value is not None}
 
 
 def record(
