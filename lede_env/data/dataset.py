@@ -143,7 +143,7 @@ class Dataset(Trajectories):
         }
 
     def select(self, features: str | Sequence[str]) -> Dataset:
-        """With some features alone: "paper", "extended" (all) or a tuple of names."""
+        """With some features alone: "paper", "extended" (all but an acceptance head's) or a tuple of names."""
         from lede_env.engine.signals import select_features
 
         names = select_features(features, self.attribute("mdp"))

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 # Row columns. F features; little-endian on disk whatever the host.
 COLUMNS: dict[str, np.dtype] = {
-    "observations": np.dtype("<f4"),  # (N, F), all features of the MDP
+    "observations": np.dtype("<f4"),  # (N, F), the extended features; an acceptance head's where it was read
     "actions": np.dtype("u1"),  # (N,) 0 continue, 1 exit
     "rewards": np.dtype("<f4"),
     "terminals": np.dtype("bool"),

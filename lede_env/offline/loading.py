@@ -33,7 +33,8 @@ def load_dataset(
     Args:
         split: the part of "train" (not to learn from the prompts that scores are taken on), "validation" or "test"
             prompts, or "all" of them.
-        features: which of the observations' columns: "extended" (all), "paper" or a tuple of names.
+        features: which of the observations' columns: "extended" (all but an acceptance head's), "paper" or a tuple of
+            names.
 
     Raises:
         LedeError: neither a name nor a file, no such part or feature, or a file that is damaged.
