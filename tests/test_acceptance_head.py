@@ -151,7 +151,7 @@ def test_answers_of_another_head_are_noticed(tiny, tmp_path):
     other = replace(tiny.acceptance_head, out_bias=tiny.acceptance_head.out_bias + 1.0)
     lm = replace(tiny, acceptance_head=other)
     with pytest.raises(lede_env.LedeError, match="another acceptance head"):
-        lede_env.generate(lm, "a", strategy=lede_env.Lede(), max_new_tokens=4)
+        lede_env.generate(lm, "a", strategy=lede_env.Lede(lede_env.load_policy("tiny-head")), max_new_tokens=4)
     trace = load_trace("tiny-greedy-v0")
     assert trace.head == tiny.acceptance_head.digest
     changed = replace(trace, outlook=trace.outlook + 1.0)
@@ -163,9 +163,10 @@ def test_answers_of_another_head_are_noticed(tiny, tmp_path):
 
 
 def test_layers_that_the_head_does_not_know(tiny):
+    policy = lede_env.load_policy("tiny-head")
     with pytest.raises(lede_env.LedeError, match="not at 5"):
-        lede_env.generate(tiny, "a", strategy=lede_env.Lede(exit_layer=5), max_new_tokens=1)
-    out = lede_env.generate(tiny, "a", strategy=lede_env.Lede(exit_layer=5, speculation=3), max_new_tokens=8)
+        lede_env.generate(tiny, "a", strategy=lede_env.Lede(policy, exit_layer=5), max_new_tokens=1)
+    out = lede_env.generate(tiny, "a", strategy=lede_env.Lede(policy, exit_layer=5, speculation=3), max_new_tokens=8)
     assert out.token_ids == lede_env.generate(tiny, "a", max_new_tokens=8).token_ids  # nothing is asked
     with pytest.raises(lede_env.LedeError, match="not at 5"):
         gym.make("LEDE-Tiny-Draft-v0", candidate_layers=(5, 7), features=("risk", "margin"), device="cpu")

@@ -214,16 +214,14 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
 def _graph_pieces(session) -> dict[str, Callable[[], object]]:
     """The same from the engine's graphs, one row and the widest.
 
-    The "draft and decision" is a whole exit check: head, signals, draw, and the acceptance head where there is one. The
-    policy decides on the host while the next draft's layers run (`lede_env.decoding.pipelined`), so its time is not the
-    round's.
+    The "draft and decision" is a whole exit check: head, signals and draw, without an acceptance head. The policy
+    decides on the host while the next draft's layers run (`lede_env.decoding.pipelined`): its time is not the round's.
     """
     from lede_env.engine.acceptance import Sampling
 
-    greedy, head = Sampling(), session.lm.acceptance_head
-    layer = head.candidate_layers[0] if head is not None else 0
+    greedy = Sampling()
     session.fill(slot=0)
-    read = session.graph(("read", greedy, layer), partial(session._read_out, greedy, layer))
+    read = session.graph(("read", greedy, 0), partial(session._read_out, greedy))
     pieces: dict[str, Callable[[], object]] = {"draft and decision": read.replay}
     for width in (1, session.width):
         layers = session.graph(*session._segment(0, session.lm.n_layers, width))

@@ -28,8 +28,8 @@ from lede_env.policies.tree import TreePolicy
 
 TREE_ARRAYS = ("feature", "threshold", "left", "right", "advantage")
 _TINY = Path(__file__).parents[1] / "models" / "tiny"
-# The embedded model's, for its geometry twins too.
-SHIPPED = {"tiny": _TINY / "policy"}
+# The embedded model's, for its geometry twins too; "tiny-head" asks the acceptance head.
+SHIPPED = {"tiny": _TINY / "policy", "tiny-head": _TINY / "policy_head"}
 # What this version can run; state_reset belongs to recurrent kinds.
 _SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
