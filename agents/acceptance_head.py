@@ -28,7 +28,7 @@ from torch import Tensor
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead, inputs_of, sharpness
-from lede_env.engine.layered_lm import rms_norm
+from lede_env.engine.layered_lm import LayeredLM, rms_norm
 from lede_env.engine.signals import OUTLOOK, warmth
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_folder
@@ -171,7 +171,7 @@ class Model:
 
 
 class Net(torch.nn.Module):
-    """The head while it learns; `AcceptanceHead.of` computes the same."""
+    """The head while it learns; what `head` makes of it computes the same."""
 
     def __init__(self, hidden: int, state: int, embedding: Tensor, layers: int, drop: float):
         super().__init__()
@@ -180,16 +180,29 @@ class Net(torch.nn.Module):
         self.token = torch.nn.Linear(embedding.shape[1], hidden, bias=False)
         self.signals = torch.nn.Linear(INPUTS, hidden, bias=False)
         self.layer = torch.nn.Embedding(layers, hidden)
-        self.middle, self.out, self.drop = (
-            torch.nn.Linear(hidden, hidden),
-            torch.nn.Linear(hidden, OUTLOOK),
-            torch.nn.Dropout(drop),
-        )
+        self.middle = torch.nn.Linear(hidden, hidden)
+        self.out = torch.nn.Linear(hidden, OUTLOOK)
+        self.drop = torch.nn.Dropout(drop)
         torch.nn.init.zeros_(self.layer.weight)
 
     def forward(self, state: Tensor, token: Tensor, signals: Tensor, layer: Tensor) -> Tensor:
         x = self.state(state) + self.token(self.embedding[token]) + self.signals(signals) + self.layer(layer)
         return self.out(self.drop(F.relu(self.middle(self.drop(F.relu(x))))))
+
+    def head(self, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:
+        """For the engine: the token's layer as a table, all in the precision of the file."""
+        tensors = {
+            "state": self.state.weight.T,
+            "token": self.embedding @ self.token.weight.T,
+            "signals": self.signals.weight.T,
+            "bias": self.layer.weight + self.state.bias,
+            "middle": self.middle.weight.T,
+            "middle_bias": self.middle.bias,
+            "out": self.out.weight.T,
+            "out_bias": self.out.bias,
+        }
+        arrays: dict[str, Any] = {name: t.detach().cpu().half().float().contiguous() for name, t in tensors.items()}
+        return AcceptanceHead(lm.fingerprint, lm.candidate_layers, **arrays, training=training)
 
 
 def losses(net: Net, data: dict[str, Tensor], rows: Tensor, layer: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +306,7 @@ def main(args: Args) -> None:
         data = {split: {name: value.clone() for name, value in arrays.items()} for split, arrays in data.items()}
         rows = fit(data, args, net, bar)
     about = {"agent": "acceptance_head", "args": {**asdict(args), "out": str(args.out)}, "cross_entropy": rows}
-    head = AcceptanceHead.of(net, model.lm, json.loads(json.dumps(about)))
+    head = net.head(model.lm, json.loads(json.dumps(about)))
     console.print(f"{head.save(args.out)}: {rows}")
 
 

@@ -32,7 +32,7 @@ from agents.tree import Tree
 from lede_env.arguments import clear_errors
 from lede_env.data.registry import load_trace
 from lede_env.display.progress import progress_bar
-from lede_env.engine.signals import HEAD_FEATURES, select_features
+from lede_env.engine.signals import asks_head, select_features
 from lede_env.errors import LedeError
 from lede_env.oracles import DraftTable, ask
 from lede_env.policies import ExitPolicy, StaticRounds, TreePolicy
@@ -132,7 +132,7 @@ def train(args: Args, report: Callable[[dict], None] = lambda row: None) -> tupl
             about = {"agent": "optimal_stopping", "args": {**asdict(args), "out": str(args.out)}, **row}
             best = score, replace(policy, training=json.loads(json.dumps(about)))
     assert best[1] is not None
-    heads = {load_trace(trace).head for trace in args.traces} if set(HEAD_FEATURES).intersection(features) else {None}
+    heads = {load_trace(trace).head for trace in args.traces} if asks_head(features) else {None}
     if len(heads) > 1:
         raise LedeError(f"traces {args.traces} hold the answers of different acceptance heads; record them with one")
     return replace(best[1], head=heads.pop()), history

@@ -60,9 +60,7 @@ class Reader:
         self.branch_outlook = np.zeros((len(trace.branch_tokens), OUTLOOK), np.float32)
         geometry = lm.geometry
         longest = geometry.context + (trace.header.max_new_tokens + 1) * trace.header.draft_cap
-        self.cache = KVCache(
-            self.layers[-1], 1, geometry.kv_heads, longest, geometry.head_dim, lm.dtype, lm.device
-        )  # fmt: skip
+        self.cache = KVCache(self.layers[-1], 1, geometry.kv_heads, longest, geometry.head_dim, lm.dtype, lm.device)
 
     def read(self, text: int, prompt: list[int]) -> None:
         """Read one text and its branches."""

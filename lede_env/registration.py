@@ -49,10 +49,10 @@ _THRESHOLDS = {
 def extended_for(env_id: str, reads: Iterable[str]) -> str | tuple[str, ...]:
     """What `features` to make an environment with, so that it shows all of v0; on a draft MDP those of the acceptance
     head too, where `reads` names one of them."""
-    from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES
+    from lede_env.engine.signals import KNOWN_FEATURES, asks_head
 
     draft = env_id in gym.registry and "draft" in str(gym.registry[env_id].entry_point)
-    return KNOWN_FEATURES["draft"] if draft and set(HEAD_FEATURES).intersection(reads) else "extended"
+    return KNOWN_FEATURES["draft"] if draft and asks_head(reads) else "extended"
 
 
 def _table() -> dict[str, ExitConfig]:

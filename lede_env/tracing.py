@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lede_env.data.trace_file import QUANTUM, Trace, TraceHeader, quantize, text_digest
+from lede_env.data.trace_file import Trace, TraceHeader, quantize, text_digest
+from lede_env.data.trace_layout import QUANTUM
 from lede_env.digest import digest
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw, draw_rows, first_uniforms
 from lede_env.engine.kv_cache import KVCache, Span

@@ -44,8 +44,7 @@ def spec(**kwargs):
         id="Test-Draft-v0",
         entry_point="lede_env.envs.draft_env:SpeculativeDraftEnv",
         vector_entry_point="lede_env.envs.draft_vector_env:SpeculativeDraftVectorEnv",
-        kwargs=dict(features=KNOWN_FEATURES["draft"], reward="throughput", rho=RHO, max_new_tokens=TOKENS, device="cpu")
-        | kwargs,
+        kwargs=dict(features=FEATURES, reward="throughput", rho=RHO, max_new_tokens=TOKENS, device="cpu") | kwargs,
         disable_env_checker=True,
         order_enforce=False,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lede_env.engine.signals import LogitSignals
+from lede_env.engine.logit_signals import LogitSignals
 from lede_env.errors import LedeError
 from lede_env.policies import (
     MaskedMLPPolicy,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lede_env.engine.logit_signals import LogitSignals
 from lede_env.engine.signals import (
     DRAFT_FEATURES,
     EXIT_FEATURES,
@@ -15,7 +16,6 @@ from lede_env.engine.signals import (
     PAPER_FEATURES,
     RAW,
     TRACE_WINDOW,
-    LogitSignals,
     TraceWindow,
     compute_features,
     draft_doubt,

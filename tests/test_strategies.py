@@ -17,8 +17,8 @@ from lede_env.decoding.calibrate_lite import confidence_and_agreement, smallest_
 from lede_env.decoding.strategies import Del, DraftVerify, FiniteStateMachine, Lite, parse_strategy
 from lede_env.decoding.strategies.del_ import Tally, best_layer
 from lede_env.decoding.strategies.lite import STORED
+from lede_env.engine.logit_signals import LogitSignals
 from lede_env.engine.round import Round
-from lede_env.engine.signals import LogitSignals
 from lede_env.errors import LedeError
 from tests.small_models import scripted_model
 

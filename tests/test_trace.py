@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lede_env.data import trace_file
-from lede_env.data.trace_file import ARRAYS, QUANTUM, Trace, load_trace, relabel
+from lede_env.data.trace_file import Trace, load_trace, relabel
+from lede_env.data.trace_layout import ARRAYS, QUANTUM
 from lede_env.engine.acceptance import Draws, Sampling, coupled_drafts, derive_seed, draw
 from lede_env.engine.lookup import Lookup
 from lede_env.engine.signals import EXIT_FEATURES, compute_features, raw_signals, trace_feature

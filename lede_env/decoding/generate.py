@@ -19,7 +19,7 @@ from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.lookup import Lookup
 from lede_env.engine.round import Counts, Round
 from lede_env.engine.session import Session
-from lede_env.engine.signals import HEAD_FEATURES, LOOKUP_FEATURES, TraceWindow
+from lede_env.engine.signals import HEAD_FEATURES, LOOKUP_FEATURES, TraceWindow, asks_head
 from lede_env.errors import LedeError
 
 
@@ -257,16 +257,20 @@ def _make_rows(
                 trace=TraceWindow() if "trace" in strategy.reads else None,
                 lookup=Lookup(ids) if LOOKUP_FEATURES.intersection(strategy.reads) else None,
                 doubts=bool({"doubt", "peril"}.intersection(strategy.reads)),
-                outlook=bool(set(HEAD_FEATURES).intersection(strategy.reads)),
+                outlook=asks_head(strategy.reads),
                 text=TextStream(lm, tuple(stops)) if stops or (streaming and lm.tokenizer is not None) else None,
             )
         )
-    if lm.acceptance_head is None and any(row.outlook for row in rows):
+    _check_head(lm, strategy)
+    return rows
+
+
+def _check_head(lm: LayeredLM, strategy: Strategy) -> None:
+    if asks_head(strategy.reads) and lm.acceptance_head is None:
         raise LedeError(
             f"strategy {strategy.name!r} reads {HEAD_FEATURES}, what an acceptance head says, and model {lm.name!r} "
             "has none; train one (python -m agents.acceptance_head), or a policy on other features"
         )
-    return rows
 
 
 def _result(lm: LayeredLM, row: Row, strategy: Strategy, stopwatch: Stopwatch) -> Generation:

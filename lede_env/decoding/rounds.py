@@ -15,10 +15,11 @@ from lede_env.decoding.text import TextStream
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
 from lede_env.engine.acceptance_head import ask_head
 from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.logit_signals import LogitSignals
 from lede_env.engine.lookup import NO_GUESS, Lookup
 from lede_env.engine.round import Counts, Round, draft_limit
 from lede_env.engine.session import Session
-from lede_env.engine.signals import LOG_FLOOR, LogitSignals, Signals, TraceWindow, draft_peril, draft_risk, no_lap
+from lede_env.engine.signals import LOG_FLOOR, Signals, TraceWindow, draft_peril, draft_risk, no_lap
 
 
 @dataclass

@@ -119,23 +119,6 @@ class AcceptanceHead:
         tensors: list[Any] = [torch.randn(shape, generator=generator).to(lm.device) for shape in shapes]
         return cls(lm.fingerprint, lm.candidate_layers, **dict(zip(TENSORS, tensors, strict=True)))
 
-    @classmethod
-    def of(cls, net: Any, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:
-        """Of a trained `agents.acceptance_head.Net`."""
-        tensors = {
-            "state": net.state.weight.T,
-            "token": net.embedding @ net.token.weight.T,
-            "signals": net.signals.weight.T,
-            "bias": net.layer.weight + net.state.bias,
-            "middle": net.middle.weight.T,
-            "middle_bias": net.middle.bias,
-            "out": net.out.weight.T,
-            "out_bias": net.out.bias,
-        }
-        # Halves: the file is a third of the size, and what is loaded is what was tested.
-        arrays = {name: tensor.detach().cpu().half().float().contiguous() for name, tensor in tensors.items()}
-        return cls(lm.fingerprint, lm.candidate_layers, **arrays, training=training)
-
     def save(self, folder: str | Path) -> Path:
         """Write head.safetensors (float16) and head.json into a folder, made if missing; returns it."""
         from safetensors.torch import save_file

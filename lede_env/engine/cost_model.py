@@ -172,21 +172,18 @@ def _drafting(lm) -> tuple[Callable[[], object], Callable[[], object]]:
     """
     import torch
 
-    from lede_env.engine.acceptance_head import ask_head
+    from lede_env.engine.logit_signals import LogitSignals
     from lede_env.engine.lookup import Lookup
-    from lede_env.engine.signals import EXIT_FEATURES, LogitSignals
+    from lede_env.engine.signals import EXIT_FEATURES
     from lede_env.policies import MLPPolicy, load_policy
 
     policy = load_policy("tiny") if lm.weights == "embedded" else MLPPolicy.random(EXIT_FEATURES, seed=0)
     logits = torch.randn(lm.geometry.vocab, device=lm.device)
-    state, head = torch.randn(1, lm.geometry.hidden, device=lm.device, dtype=lm.dtype), lm.acceptance_head
     lookup = Lookup([token % 50 for token in range(256)])
 
     def draft(guess: tuple[int, float] = NO_GUESS) -> LogitSignals:
         signals = LogitSignals(1, lm.n_layers, 3, DRAFT_CAP, 0.0, guess, logits=logits)
         signals.token = signals.best
-        if head is not None:
-            signals.head = partial(ask_head, lm, state, head.candidate_layers[0], 0.0)
         return signals
 
     return draft, lambda: policy.exits(draft(lookup.guess()))
@@ -214,15 +211,16 @@ def _pieces(lm, session, context: int) -> dict[str, Callable[[], object]]:
 def _graph_pieces(session) -> dict[str, Callable[[], object]]:
     """The same from the engine's graphs, one row and the widest.
 
-    The "draft and decision" is a whole exit check: head, signals and draw, without an acceptance head. The policy
-    decides on the host while the next draft's layers run (`lede_env.decoding.pipelined`): its time is not the round's.
+    The "draft and decision" is a whole exit check: head, signals and draw. The policy decides on the host while the
+    next draft's layers run (`lede_env.decoding.pipelined`), so its time is not the round's.
     """
     from lede_env.engine.acceptance import Sampling
 
     greedy = Sampling()
     session.fill(slot=0)
-    read = session.graph(("read", greedy, 0), partial(session._read_out, greedy))
-    pieces: dict[str, Callable[[], object]] = {"draft and decision": read.replay}
+    pieces: dict[str, Callable[[], object]] = {
+        "draft and decision": session.graph(("read", greedy, 0), partial(session._read_out, greedy)).replay
+    }
     for width in (1, session.width):
         layers = session.graph(*session._segment(0, session.lm.n_layers, width))
         verdict = session.graph(("verify", width, greedy, False), partial(session._verify, width, greedy, False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,6 +66,11 @@ def select_features(features: str | Sequence[str], mdp: str) -> tuple[str, ...]:
     if unknown or not names or len(set(names)) != len(names):
         raise LedeError(f"features={names!r}: expected distinct names out of {known} ({mdp} MDP)")
     return names
+
+
+def asks_head(names: Iterable[str]) -> bool:
+    """Whether any of these features is what an acceptance head says."""
+    return not set(HEAD_FEATURES).isdisjoint(names)
 
 
 def feature_bounds(names: Iterable[str], vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,6 +176,11 @@ def draft_peril(doubt: float, coin: float) -> float:
 def draft_odds(odds: float, slope: float, coin: float) -> float:
     """Log-odds, within +-30, that a draft is accepted, by the acceptance head's answer and the draft's coin."""
     return min(max(odds - slope * math.log(max(coin, 2.0**-53)), LOG_FLOOR), -LOG_FLOOR)
+
+
+def draft_ahead(ahead: float) -> float:
+    """The acceptance head's log-odds of the next draft, within +-30."""
+    return min(max(ahead, LOG_FLOOR), -LOG_FLOOR)
 
 
 def draft_risk(log_odds: float) -> float:
@@ -340,7 +350,7 @@ def _risk(signals: Signals) -> float:
 
 
 def _ahead(signals: Signals) -> float:
-    return min(max(signals.outlook[2], LOG_FLOOR), -LOG_FLOOR) if _drawn(signals) else 0.0
+    return draft_ahead(signals.outlook[2]) if _drawn(signals) else 0.0
 
 
 _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
@@ -362,81 +372,3 @@ _OF_SIGNALS: dict[str, Callable[[Signals], float]] = {
     "odds": lambda signals: signals.own_odds if _drawn(signals) else 0.0,
     "ahead": _ahead,
 }
-
-
-@dataclass(slots=True)
-class LogitSignals(Signals):
-    """Signals of (V,) logits, each computed when it is asked for: not asking costs nothing."""
-
-    logits: Tensor = field(kw_only=True)
-    head: Callable[[int, Tensor], Tensor] | None = None  # the drawn token and the logits to its `outlook`, (1, 3)
-    lap: Callable[[str], None] = no_lap  # the profile's stopwatch
-    _log_p: Tensor | None = None
-    _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
-    _best: int = -1
-    _two: list[float] | None = None
-    _outlook: tuple[float, float, float] | None = None
-
-    @property
-    def log_p(self) -> Tensor:
-        """(V,) log-probabilities at temperature 1."""
-        if self._log_p is None:
-            self.lap("policy")
-            self._log_p = log_probabilities(self.logits)
-            self.lap("signals")
-        return self._log_p
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The logits on the host."""
-        if self._numbers is None:
-            self._numbers = self.logits.cpu().numpy()
-        return self._numbers
-
-    def largest(self, count: int) -> list[float]:
-        numbers = self.numbers
-        if count > 2:
-            count = min(count, len(numbers))
-            return np.sort(np.partition(numbers, -count)[-count:])[::-1].tolist()
-        if self._two is None:
-            best = self.best
-            first = numbers[best]
-            numbers[best] = -np.inf  # for a moment: the second is the largest of the others
-            self._two = [float(first), float(numbers[numbers.argmax()])][: len(numbers)]
-            numbers[best] = first
-        return self._two
-
-    @property
-    def best(self) -> int:
-        """The most probable token."""
-        if self._best < 0:
-            self.lap("policy")
-            self._best = int(self.numbers.argmax())
-            self.lap("signals")
-        return self._best
-
-    @property
-    def log_p_max(self) -> float:
-        return float(self.log_p[self.best])
-
-    @property
-    def entropy(self) -> float:
-        return entropy(self.log_p).item()
-
-    @property
-    def guess_logit(self) -> float:
-        return float(self.numbers[self.guess[0]])
-
-    @property
-    def token_logit(self) -> float:
-        return float(self.numbers[self.token])
-
-    @property
-    def outlook(self) -> tuple[float, float, float]:
-        if self._outlook is None:
-            assert self.head is not None  # whoever reads it has one
-            self.lap("policy")
-            odds, slope, ahead = self.head(self.token, self.logits)[0].tolist()
-            self._outlook = odds, slope, ahead
-            self.lap("signals")
-        return self._outlook

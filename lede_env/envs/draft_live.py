@@ -23,7 +23,9 @@ from lede_env.engine.signals import (
     LOG_FLOOR,
     LOOKUP_FEATURES,
     TraceWindow,
+    asks_head,
     compute_features,
+    draft_ahead,
     draft_doubt,
     draft_odds,
     draft_peril,
@@ -33,6 +35,8 @@ from lede_env.engine.signals import (
 from lede_env.envs.prompt_memory import memory_of
 from lede_env.errors import LedeError
 from lede_env.tasks import Prompt, fit_prompt
+
+NOTHING_SAID = [0.0, 0.0, 0.0]  # where no head is asked
 
 
 @dataclass
@@ -97,11 +101,11 @@ class DraftLiveBackend:
         self.after = np.full(lanes * self._stride, -1)
         self._lanes = [_Lane(0, Draws(0), None) for _ in range(lanes)]
         self._looks_up = bool(LOOKUP_FEATURES.intersection(features))
-        self._head = lm.acceptance_head if set(HEAD_FEATURES).intersection(features) else None
+        self._head = lm.acceptance_head if asks_head(features) else None
         if self._head is not None:
             for layer in candidate_layers:
                 self._head.candidate(layer)  # raises where it knows nothing of that layer
-        elif set(HEAD_FEATURES).intersection(features):
+        elif asks_head(features):
             raise LedeError(
                 f"the features {HEAD_FEATURES} are what a model's acceptance head says, and {lm.name!r} has none; "
                 "train one (python -m agents.acceptance_head), or choose other features"
@@ -266,13 +270,14 @@ class DraftLiveBackend:
 
     def _outlooks(self, lanes: list[_Lane], tokens: list[int]) -> list[list[float]]:
         """What the acceptance head says of the tokens drawn, where the features read it; one answer a lane."""
-        said = [[0.0, 0.0, 0.0] for _ in lanes]
+        said = [NOTHING_SAID] * len(lanes)
+        if self._head is None:
+            return said
         layers = [self.candidate_layers[lane.candidate] for lane in lanes]
-        for layer in sorted(set(layers)) if self._head is not None else ():
+        for layer in sorted(set(layers)):
             at = [place for place, own in enumerate(layers) if own == layer]
             states, logits = (torch.stack([getattr(lanes[i], name) for i in at]) for name in ("state", "logits"))
             drawn = torch.tensor([tokens[i] for i in at], device=logits.device)
-            assert self._head is not None
             answers = self._head.read(self.lm, states, logits, drawn, layer, self.sampling.temperature).tolist()
             for place, answer in zip(at, answers, strict=True):
                 said[place] = answer
@@ -285,12 +290,13 @@ class DraftLiveBackend:
         shortfall = min(shortfall, -LOG_FLOOR)
         doubt = draft_doubt(lane.margin, shortfall)
         lane.peril = max(lane.peril, draft_peril(doubt, lane.coins[-1] if lane.coins else 1.0))
-        odds, slope, ahead = outlook
-        own_odds = draft_odds(odds, slope, lane.coins[-1] if lane.coins else 1.0)
-        lane.risk += draft_risk(own_odds)
+        after_draw = {"drawn": shortfall, "peril": lane.peril}
+        if self._head is not None:
+            odds, slope, ahead = outlook
+            own_odds = draft_odds(odds, slope, lane.coins[-1] if lane.coins else 1.0)
+            lane.risk += draft_risk(own_odds)
+            after_draw |= {"risk": min(lane.risk, -LOG_FLOOR), "odds": own_odds, "ahead": draft_ahead(ahead)}
         if lane.round.drafts:  # in phase 2, where the decision comes after the draw
-            risk, ahead = min(lane.risk, -LOG_FLOOR), min(max(ahead, LOG_FLOOR), -LOG_FLOOR)
-            after_draw = {"drawn": shortfall, "peril": lane.peril, "risk": risk, "odds": own_odds, "ahead": ahead}
             for name, value in after_draw.items():
                 if name in self.features:
                     self.signals[self._node(row), self.features.index(name)] = value

@@ -9,7 +9,7 @@ import numpy as np
 
 from lede_env.data.trace_file import Trace
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.signals import HEAD_FEATURES, LOG_FLOOR, TRACE_WINDOW, compute_features
+from lede_env.engine.signals import HEAD_FEATURES, LOG_FLOOR, TRACE_WINDOW, asks_head, compute_features
 from lede_env.envs.trace_backend import TraceBackend
 from lede_env.errors import LedeError
 
@@ -64,7 +64,7 @@ class DraftTraceBackend(TraceBackend):
             by_round["doubt"], by_round["peril"] = self._draft_doubts()
         if "trace" in features:
             by_round["trace"] = self._draft_traces()
-        if set(HEAD_FEATURES).intersection(features):
+        if asks_head(features):
             by_round |= self._draft_outlooks()
         self.by_draft = {features.index(name): of for name, of in by_draft.items() if name in features}  # (cap + 1,)
         self.by_round = {features.index(name): of for name, of in by_round.items() if name in features}

@@ -10,7 +10,7 @@ from lede_env.arguments import whole_number
 from lede_env.decoding.strategies.base import Control, Strategy
 from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
-from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES
+from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES, asks_head
 from lede_env.errors import LedeError
 from lede_env.policies import ExitPolicy, TrainedPolicy, check_compatible, load_policy
 
@@ -104,7 +104,7 @@ class Lede(Strategy):
         candidates = policy.candidate_layers if isinstance(policy, TrainedPolicy) else lm.candidate_layers
         check_compatible(policy, lm.fingerprint, candidates, KNOWN_FEATURES["draft"], "draft")
         layers = candidates if self.exit_layer is None else (self.exit_layer,)
-        head = lm.acceptance_head if set(HEAD_FEATURES).intersection(self.reads) else None
+        head = lm.acceptance_head if asks_head(self.reads) else None
         if head is not None and isinstance(policy, TrainedPolicy) and policy.head not in (None, head.digest):
             raise LedeError(
                 f"the policy learned from the answers of another acceptance head ({policy.head}) than {lm.name!r} has "
