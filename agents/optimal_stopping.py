@@ -49,14 +49,14 @@ class Args:
     traces: tuple[str, ...] = ("tiny-greedy-v0", "tiny-t0.6-v0")  # names or files; all count alike
     cost_model: str = "tiny-at-7b-h200"  # what time costs; what it favours does as well by the costs of `tiny-cpu`
     features: tuple[str, ...] = (  # what the policy observes
-        "margin", "layer", "match", "echo", "phase", "position", "temperature", "risk", "odds", "ahead",
+        "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature", "drawn", "peril",
     )  # fmt: skip
     out: Path = Path("runs/optimal_stopping")  # folder for history.csv and policy/
     seed: int = 1  # one seed reproduces a run bit for bit
 
     iterations: int = 8  # of: advantages, fit, new policy
-    leaves: int = 96  # of the tree
-    leaf_rows: int = 200  # fewest observations in one
+    leaves: int = 64  # of the tree
+    leaf_rows: int = 100  # fewest observations in one
     off_path: float = 0.1  # weight of states that the policy as it stands does not visit
 
     def __post_init__(self) -> None:

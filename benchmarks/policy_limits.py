@@ -44,7 +44,7 @@ ENV_IDS = ("LEDE-Tiny-Draft-v0", "LEDE-Llama2-7B-Twin-Draft-v0")
 class Args:
     """Score policies between the best static setting and the clairvoyant optimum."""
 
-    policies: tuple[str, ...] = ("tiny",)  # the shipped one, and folders
+    policies: tuple[str, ...] = ("tiny", "tiny-head")  # the shipped ones, and folders
     env_ids: tuple[str, ...] = ENV_IDS  # each by its own cost model
     temperatures: tuple[float, ...] = (0.0, 0.6)
     split: str = "test"

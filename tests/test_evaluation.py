@@ -20,7 +20,7 @@ from lede_env.evaluation import (
     static_result,
 )
 from lede_env.oracles import tabulate
-from lede_env.policies import MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy, load_policy
+from lede_env.policies import SHIPPED, MLPPolicy, RandomPolicy, StaticPolicy, ThresholdPolicy, load_policy
 from lede_env.registration import ENVIRONMENTS
 from tests.small_models import untrained_policy
 from tests.small_traces import small_traces
@@ -147,7 +147,7 @@ def test_nothing_beats_the_oracle_on_the_shipped_traces(env_id, kwargs):
     policies = [RandomPolicy(), StaticPolicy(4, 16)]
     policies += [ThresholdPolicy({3: p, 4: p, 6: p, 8: p}, 16) for p in (0.3, 0.9)]
     policies += [MLPPolicy.random(features, seed=seed) for seed in range(2)]
-    policies += [load_policy("tiny")] if env_id == DRAFT else []
+    policies += [load_policy(name) for name in SHIPPED] if env_id == DRAFT else []
     tries = [table.decisions(policy) for policy in policies]
     noise = rng.random(optimum.shape)
     tries += [noise, (noise < 0.5).astype(float), np.abs(optimum - (noise < 0.02))]

@@ -17,7 +17,7 @@ from lede_env.envs.draft_env import SpeculativeDraftEnv
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model
 from lede_env.outlooks import with_outlook
-from lede_env.policies import MLPPolicy, StaticRounds
+from lede_env.policies import MLPPolicy, StaticRounds, load_policy
 from lede_env.policies.tree import LEAF
 from lede_env.tasks import load_prompts
 from lede_env.tracing import record_trace
@@ -120,6 +120,13 @@ def test_training_improves_and_reproduces(traces):
     assert (policy.feature == LEAF).sum() <= 16
     start = problem_of(traces[0]).judge(StaticRounds(LAYERS[0], START, 16, 12)).modelled_speedup
     assert max(row["train 0.0"] for row in history) > start
+
+
+def test_a_policy_that_asks_a_head_says_which(traces, tmp_path):
+    args = Args(traces=(str(traces[1]),), features=("phase", "risk", "ahead"), iterations=1, leaves=8, leaf_rows=20)
+    policy, _ = train(args)
+    assert policy.head == load_model("tiny", device="cpu").acceptance_head.digest
+    assert load_policy(policy.save(tmp_path)).head == policy.head
 
 
 def test_a_run_leaves_history_curves_and_the_policy(traces, tmp_path):

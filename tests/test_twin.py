@@ -173,12 +173,13 @@ def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
 # --- what was made for the donor
 
 
+@pytest.mark.parametrize("policy", ["tiny", "tiny-head"])
 @pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b"])
-def test_the_shipped_policy_runs_on_a_twin(small_zoo, tiny, name):
-    lm = load_model(name, weights="twin", device="cpu")
+def test_the_shipped_policies_run_on_a_twin(small_zoo, tiny, name, policy):
+    lm, strategy = load_model(name, weights="twin", device="cpu"), lede_env.Lede(lede_env.load_policy(policy))
     for prompt in ("def fib(n):", "Once upon a time"):
-        mine = lede_env.generate(lm, prompt, strategy=lede_env.Lede(), max_new_tokens=24)
-        theirs = lede_env.generate(tiny, prompt, strategy=lede_env.Lede(), max_new_tokens=24)
+        mine = lede_env.generate(lm, prompt, strategy=strategy, max_new_tokens=24)
+        theirs = lede_env.generate(tiny, prompt, strategy=strategy, max_new_tokens=24)
         assert mine.text == theirs.text and mine.token_ids == theirs.token_ids
         exits = [[twin_layer(layer, 16, lm.n_layers) for layer in round_.exits] for round_ in theirs.rounds]
         if lm.n_layers % 16 == 0:  # else the feature `layer` is rounded, 0.2 for 3/16
