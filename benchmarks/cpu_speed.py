@@ -45,7 +45,7 @@ GRID = tuple(itertools.product((2, 3, 4, 6), (3, 5, 8), (0.0, 0.4, 0.6)))  # lay
 class Args:
     """Compare decoding speed with transformers on this CPU."""
 
-    policy: str = "tiny"  # policy of LEDE: the shipped one, or a folder
+    policies: tuple[str, ...] = ("tiny", "tiny-head")  # of LEDE: the shipped ones, or folders
     out: Path = RESULTS / "cpu"  # folder for cpu_speed.csv, .md and .json
     temperatures: tuple[float, ...] = (0.0, 0.6)
     prompts: int = 24  # test prompts
@@ -85,9 +85,8 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of one temperature, and what the sweeps found."""
     lm = lede_env.load_model("tiny", device="cpu")
-    policy = lede_env.load_policy(args.policy)
     costs = {MACHINE: measure("tiny", device="cpu")}
-    bench = Bench(lm, policy, args.max_new_tokens, temperature, args.seed, costs, console)
+    bench = Bench(lm, None, args.max_new_tokens, temperature, args.seed, costs, console)
     early, early_grid = best_early_exit(args, temperature, reference, bench.tokens(validation)[0], console)
     trials = search(bench, ["layerskip"], validation, args.finalists, args.repeats)["layerskip"]
     static = best(trials, MACHINE)
@@ -103,7 +102,7 @@ def compare(
     own = {
         "Autoregressive": lede_env.Autoregressive(),
         f"LayerSkip {setting(static)}": static,
-        "LEDE": lede_env.Lede(policy),
+        **{f"LEDE {name}": lede_env.Lede(lede_env.load_policy(name)) for name in args.policies},
     }
     methods |= {name: bench.player(strategy) for name, strategy in own.items()}
     timings = time_methods(methods, bench.tokens(test)[0], args.repeats, console)
