@@ -7,7 +7,7 @@ answer is how likely the *next* draft is accepted, should this one be.
 
     python -m agents.acceptance_head --prompts openings.jsonl --out runs/acceptance_head
 
-Half an hour on a laptop for 300,000 positions; three million take four minutes on a GPU, and more texts help most.
+Half an hour on a laptop for 300,000 positions; six million take four minutes on a GPU, and more texts help most.
 Prompts are the training ones of this project and those given; how the head fares on the validation ones is reported.
 """
 
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
-from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead, inputs_of, sharpness
+from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead, inputs_of
 from lede_env.engine.layered_lm import LayeredLM, rms_norm
-from lede_env.engine.signals import OUTLOOK, warmth
+from lede_env.engine.signals import OUTLOOK, margins, warmth
 from lede_env.errors import LedeError
 from lede_env.models.loading import load_model, resolve_device, resolve_folder
 from lede_env.tasks import fit_prompt, load_prompts
@@ -56,9 +56,9 @@ class Args:
     device: str = "auto"
     seed: int = 0
 
-    hidden: int = 256
-    epochs: float = 24.0
-    dropout: float = 0.15
+    hidden: int = 128
+    epochs: float = 12.0
+    dropout: float = 0.1
     learning_rate: float = 2e-3
     rows: int = 8192  # positions a step
 
@@ -117,7 +117,7 @@ class Model:
     def positions(self, texts: Sequence[tuple[int, list[int]]], seed: int) -> dict[str, Tensor]:
         """What the head learns from, position by position, N in all; C candidates, K `CLASSES`.
 
-        state (N, C, H) normed; sharp (N, C, 6) `sharpness`; target (N,) and its shortfall (N, C); warmth (N, K); draft
+        state (N, C, H) normed; margin (N, C); target (N,) and its shortfall (N, C); warmth (N, K); draft
         (N, C, K) with its shortfall, chance p(x) / q(x) and the expected chance; last (N,) of a text.
         """
         generator, parts = torch.Generator(self.device).manual_seed(seed), []
@@ -165,8 +165,12 @@ class Model:
             for name, value in zip(made, (warm, draft.int(), short, chance, expected), strict=True):
                 made[name].append(value)
         of_target = best - logits.gather(-1, targets[:, None, None].expand(-1, width, 1))[..., 0]
-        sharp = sharpness(logits)
-        fixed = {"state": states.half(), "sharp": sharp, "target": targets.int(), "target_shortfall": of_target}
+        fixed = {
+            "state": states.half(),
+            "margin": margins(logits),
+            "target": targets.int(),
+            "target_shortfall": of_target,
+        }
         return fixed | {name: torch.stack(values, -1) for name, values in made.items()}
 
 
@@ -208,10 +212,10 @@ class Net(torch.nn.Module):
 def losses(net: Net, data: dict[str, Tensor], rows: Tensor, layer: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) cross-entropies of rows at a candidate each and a class each: of the acceptance, and of the next one."""
     warm = data["warmth"][rows, kind]
-    sharp = data["sharp"][rows, layer]
+    margin = data["margin"][rows, layer]
     state = data["state"][rows, layer].float()
     draft, shortfall = data["draft"][rows, layer, kind].long(), data["shortfall"][rows, layer, kind]
-    answer = net(state, draft, inputs_of(sharp, shortfall, warm), layer)
+    answer = net(state, draft, inputs_of(margin, shortfall, warm), layer)
     coin = torch.where(warm > 0, torch.rand_like(warm).clamp_min(1e-6), 1.0)
     log_odds = answer[:, 0] - answer[:, 1].clamp(-STEEPEST, STEEPEST).exp() * coin.log()
     kept = (coin <= data["chance"][rows, layer, kind]).float()
@@ -220,7 +224,7 @@ def losses(net: Net, data: dict[str, Tensor], rows: Tensor, layer: Tensor, kind:
     goes_on = ~data["last"][rows]
     following = (rows + 1).clamp_max(len(data["last"]) - 1)
     shortfall = data["target_shortfall"][rows, layer]
-    answer = net(state, data["target"][rows].long(), inputs_of(sharp, shortfall, warm), layer)
+    answer = net(state, data["target"][rows].long(), inputs_of(margin, shortfall, warm), layer)
     # At the same temperature; a random one is another at the next position, so there class 1 stands in.
     expected = data["expected"][following, layer, kind.clamp_max(1)]
     further = F.binary_cross_entropy_with_logits(answer[:, 2], expected, reduction="none") * goes_on * (kind < 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from lede_env.engine.acceptance import draw_rows, greedy_match, speculative_matches
-from lede_env.engine.acceptance_head import ask_head
 from lede_env.engine.read_signals import AHEAD, ENTROPY, GUESS, LOG_SUM, ODDS, SIZE, TOKEN, TOKEN_LOGIT, TOP
 from lede_env.engine.session import Session
 
@@ -50,7 +49,8 @@ class Stepwise(Session):
         self._out[LOG_SUM], self._out[ENTROPY] = logits[0].logsumexp(-1), -(log_p.exp() * log_p).nansum()
         self._out[GUESS], self._out[TOKEN], self._out[TOKEN_LOGIT] = logits[0, max(guess, 0)], token, logits[0, token]
         if outlook_layer:
-            own = ask_head(self.lm, self.newest([0]), outlook_layer, sampling.temperature, token, logits[0])
+            at = (self.newest([0]), logits, torch.tensor([token]), outlook_layer, sampling.temperature)
+            own = self.lm.acceptance_head.read(self.lm, *at)
             self._out[ODDS : AHEAD + 1] = own[0]
 
     def drawn(self):

@@ -15,6 +15,7 @@ import lede_env
 from agents.acceptance_head import Args, main
 from lede_env.data.registry import load_trace
 from lede_env.engine.acceptance_head import TENSORS, AcceptanceHead, load_head
+from lede_env.engine.logit_signals import LogitSignals
 from lede_env.engine.signals import HEAD_FEATURES, draft_odds, draft_risk, feature_bounds
 from lede_env.models.loading import HEAD, load_model
 from lede_env.outlooks import Reader, with_outlook
@@ -78,6 +79,22 @@ def test_who_reads_it_needs_one(random_model, tiny):
         tiny.acceptance_head.candidate(5)
     with pytest.raises(lede_env.LedeError, match=r"'llama.*' has no acceptance head"):
         with_outlook(load_trace("tiny-greedy-v0"), lm, [])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("width", [1, 40])
+def test_one_row_is_told_what_many_are(random_model, temperature, width):
+    """`ask`, by numpy, against `read`, by torch; a vocabulary of one has no second token."""
+    lm, _ = random_model("llama")
+    head, layer = AcceptanceHead.random(lm), lm.candidate_layers[-1]
+    generator = torch.Generator().manual_seed(width)
+    states = torch.randn(9, lm.geometry.hidden, generator=generator)
+    logits = torch.randn(9, width, generator=generator).mul_(torch.logspace(-1, 2, 9)[:, None])
+    tokens = torch.randint(width, (9,), generator=generator)
+    many = head.read(lm, states, logits, tokens, layer, temperature)
+    for state, own, token, said in zip(lm.normed(states), logits, tokens.tolist(), many, strict=True):
+        signals = LogitSignals(layer, lm.n_layers, 1, 12, temperature=temperature, token=token, logits=own)
+        torch.testing.assert_close(torch.tensor(head.ask(state.numpy(), signals)), said, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("coin", [1.0, 0.5, 1e-300, 0.0])

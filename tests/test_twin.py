@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import lede_env
 from lede_env.decoding.strategies.lite import stored_thresholds
 from lede_env.engine.acceptance import Sampling
-from lede_env.engine.acceptance_head import ask_head
 from lede_env.models import assembly, twin
 from lede_env.models.loading import EMBEDDED, load_model
 from lede_env.models.twin import residual_copies, twin_model, write_twin
@@ -198,7 +197,9 @@ def test_a_twin_says_what_its_donor_says(small_zoo, tiny):
             session.feed([0], [8])
             session.advance([0], [layer])
         said = [
-            ask_head(lm, session.newest([0]), lm.candidate_layers[0], 0.6, 17, logits)
+            lm.acceptance_head.read(
+                lm, session.newest([0]), logits[None], torch.tensor([17]), lm.candidate_layers[0], 0.6
+            )
             for lm, session in ((tiny, mine), (twin, theirs))
         ]
     torch.testing.assert_close(*said, atol=1e-3, rtol=1e-3)

@@ -13,7 +13,6 @@ from lede_env.decoding.stopwatch import Lap
 from lede_env.decoding.strategies import Control
 from lede_env.decoding.text import TextStream
 from lede_env.engine.acceptance import Draws, Sampling, draw_rows, greedy_match, speculative_matches
-from lede_env.engine.acceptance_head import ask_head
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.engine.logit_signals import LogitSignals
 from lede_env.engine.lookup import NO_GUESS, Lookup
@@ -106,8 +105,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
     while walking:
         session.advance([row.index for row in walking], [paths[row.index][step] for row in walking])
         lap("drafting layers")
-        states = session.newest([row.index for row in walking])  # (R, H)
-        logits = lm.logits(states)  # (R, V)
+        normed = lm.normed(session.newest([row.index for row in walking]))  # (R, H)
+        logits = lm.unembed(normed)  # (R, V)
         lap("heads")
         staying: list[Row] = []
         leaving: dict[int, Row] = {}  # by place in the logits
@@ -117,7 +116,8 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             context = (path[step], lm.n_layers, made, row.control.cap, *known[row.index], sampling.temperature)
             signals = LogitSignals(*context, lap=lap, logits=logits[at])
             if row.outlook:
-                signals.head = partial(ask_head, lm, states[at : at + 1], path[step], sampling.temperature)
+                assert lm.acceptance_head is not None  # `generate` has made sure
+                signals.head = partial(lm.acceptance_head.ask, normed[at].float().cpu().numpy())
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)

@@ -95,9 +95,9 @@ class LayeredLM:
         """A copy for many rows at a time on a CPU, where that pays."""
         return packed_copy(self)
 
-    def _packed_for(self, x: Tensor, rows: int) -> LayeredLM | None:
-        """The packed copy where it serves: for many rows, and not for gradients, which oneDNN's operators lose."""
-        return self.packed if rows >= ROWS and not (x.requires_grad and torch.is_grad_enabled()) else None
+    def _packed_for(self, x: Tensor) -> LayeredLM | None:
+        """The packed copy where it serves: for enough rows, and not for gradients, which oneDNN's operators lose."""
+        return self.packed if len(x) >= ROWS and not (x.requires_grad and torch.is_grad_enabled()) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """To copy and to pickle: oneDNN's layouts can do neither, and the copy makes its own."""
@@ -129,7 +129,7 @@ class LayeredLM:
         shape, eps, mlp = x.shape, self.norm_eps, self.geometry.mlp
         x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
         turn = self.rope[span.positions].unsqueeze(2)  # (R or 1, Q, 1, D / 2)
-        packed = self._packed_for(x, shape[0])
+        packed = self._packed_for(x)
         mm: Callable[..., Tensor] = times if packed else torch.mm
         addmm: Callable[..., Tensor] = plus_times if packed else torch.addmm
         for index in range(first, last):
@@ -155,7 +155,11 @@ class LayeredLM:
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, H) un-normed states -> (N, V) float32 (float64 for a float64 model) logits."""
-        normed, packed = self.normed(x), self._packed_for(x, len(x))
+        return self.unembed(self.normed(x))
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """(N, H) normed states -> (N, V) logits, as `logits`."""
+        packed = self._packed_for(normed)
         logits = times(normed, packed.head) if packed else normed @ self.head
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 

@@ -16,7 +16,7 @@ class LogitSignals(Signals):
     """Signals of (V,) logits, each computed when it is asked for: not asking costs nothing."""
 
     logits: Tensor = field(kw_only=True)
-    head: Callable[[int, Tensor], Tensor] | None = None  # the drawn token and the logits to its `outlook`, (1, 3)
+    head: Callable[[Signals], tuple[float, float, float]] | None = None  # these, the token drawn, to its `outlook`
     lap: Callable[[str], None] = no_lap  # the profile's stopwatch
     _log_p: Tensor | None = None
     _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row
@@ -49,7 +49,7 @@ class LogitSignals(Signals):
             best = self.best
             first = numbers[best]
             numbers[best] = -np.inf  # for a moment: the second is the largest of the others
-            self._two = [float(first), float(numbers[numbers.argmax()])][: len(numbers)]
+            self._two = [float(first), float(numbers.max())][: len(numbers)]
             numbers[best] = first
         return self._two
 
@@ -83,7 +83,6 @@ class LogitSignals(Signals):
         if self._outlook is None:
             assert self.head is not None  # whoever reads it has one
             self.lap("policy")
-            odds, slope, ahead = self.head(self.token, self.logits)[0].tolist()
-            self._outlook = odds, slope, ahead
+            self._outlook = self.head(self)
             self.lap("signals")
         return self._outlook

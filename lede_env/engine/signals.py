@@ -194,6 +194,14 @@ def shortfalls(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits.amax(-1) - own).clamp_max_(-LOG_FLOOR)
 
 
+def margins(logits: Tensor) -> Tensor:
+    """(..., V) logits -> (...,) how far the second most probable token is below the best, nats, at most 30."""
+    if logits.shape[-1] < 2:
+        return torch.full_like(logits[..., 0], -LOG_FLOOR)
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return (first - second).clamp_max_(-LOG_FLOOR)
+
+
 def warmth(temperature: float) -> float:
     """The feature `temperature`: T / (1 + T), in [0, 1), so that it has bounds."""
     return temperature / (1.0 + temperature)

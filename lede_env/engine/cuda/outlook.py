@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead
-from lede_env.engine.read_signals import ENTROPY, LOG_SUM, ODDS, SLOPE, TOKEN, TOKEN_LOGIT, TOP
+from lede_env.engine.acceptance_head import STEEPEST, AcceptanceHead
+from lede_env.engine.read_signals import ODDS, SLOPE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.signals import LOG_FLOOR, OUTLOOK
 
 UNITS = 16  # that a program computes
@@ -23,8 +23,8 @@ BLOCK = 256  # inputs of them at a time
 def _first_kernel(
     hidden_ptr, norm_ptr, eps_ptr, weight_ptr, rows_ptr, signals_ptr, bias_ptr, out_ptr, units_ptr, state_ptr,
     H, D, U, ROWS, STEPS, warmth,
-    BH: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, INPUTS: tl.constexpr, COUNT: tl.constexpr,
-    FLOOR: tl.constexpr, LOG_SUM: tl.constexpr, ENTROPY: tl.constexpr, TOKEN: tl.constexpr, TOKEN_LOGIT: tl.constexpr,
+    BH: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, TOKEN: tl.constexpr,
+    TOKEN_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Units of the first layer. The norm's scale, one number, is applied to the sums, as in `linear`."""
     hidden_ptr += tl.load(state_ptr + 1) * H
@@ -38,15 +38,12 @@ def _first_kernel(
         w = tl.load(weight_ptr + k[:, None] * U + n[None, :], mask=(k < D)[:, None] & (n < U)[None, :], other=0.0)
         acc += x[:, None] * w
     y = tl.sum(acc, axis=0) * tl.rsqrt(tl.sum(whole * whole, axis=0) / H + tl.load(eps_ptr))
-    i = tl.arange(0, BI)
     best = tl.load(out_ptr)
-    inputs = tl.load(out_ptr + i, mask=i < COUNT, other=0.0)  # logits
-    inputs = tl.maximum(inputs - tl.load(out_ptr + LOG_SUM), FLOOR)
-    inputs = tl.where(i == COUNT, tl.maximum(tl.load(out_ptr + ENTROPY), 0.0), inputs)
-    inputs = tl.where(i == COUNT + 1, tl.minimum(best - tl.load(out_ptr + TOKEN_LOGIT), -FLOOR), inputs)
-    inputs = tl.where(i == COUNT + 2, warmth * 2, inputs / 4)
-    mask = (i < INPUTS)[:, None] & (n < U)[None, :]
-    y += tl.sum(inputs[:, None] * tl.load(signals_ptr + i[:, None] * U + n[None, :], mask=mask, other=0.0), axis=0)
+    margin = tl.minimum(best - tl.load(out_ptr + 1), MOST) / 4
+    shortfall = tl.minimum(best - tl.load(out_ptr + TOKEN_LOGIT), MOST) / 4
+    y += margin * tl.load(signals_ptr + n, mask=n < U, other=0.0)
+    y += shortfall * tl.load(signals_ptr + U + n, mask=n < U, other=0.0)
+    y += warmth * 2 * tl.load(signals_ptr + 2 * U + n, mask=n < U, other=0.0)
     row = tl.minimum(tl.load(out_ptr + TOKEN).to(tl.int32), ROWS - 1).to(tl.int64)
     y += tl.load(rows_ptr + row * U + n, mask=n < U, other=0.0) + tl.load(bias_ptr + n, mask=n < U, other=0.0)
     tl.store(units_ptr + n, tl.maximum(y, 0.0), mask=n < U)
@@ -107,9 +104,8 @@ class Outlook:
         _first_kernel[grid](
             hidden, self.norm, self.eps, head.state, head.token, head.signals, head.bias[candidate], out, self.first,
             state, size, d, units, len(head.token), triton.cdiv(d, block_d), warmth,
-            BH=triton.next_power_of_2(size), BK=block_d, BN=UNITS, BI=triton.next_power_of_2(INPUTS), INPUTS=INPUTS,
-            COUNT=TOP, FLOOR=LOG_FLOOR, LOG_SUM=LOG_SUM, ENTROPY=ENTROPY, TOKEN=TOKEN, TOKEN_LOGIT=TOKEN_LOGIT,
-            num_warps=8,
+            BH=triton.next_power_of_2(size), BK=block_d, BN=UNITS, MOST=-LOG_FLOOR, TOKEN=TOKEN,
+            TOKEN_LOGIT=TOKEN_LOGIT, num_warps=8,
         )  # fmt: skip
         _middle_kernel[grid](
             self.first, head.middle, head.middle_bias, self.second, units, triton.cdiv(units, block_u),
