@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lede_env.arguments import clear_errors
 from lede_env.display.progress import progress_bar
-from lede_env.engine.acceptance_head import INPUTS, STEEPEST, AcceptanceHead, inputs_of
+from lede_env.engine.acceptance_head import INPUTS, STEEPEST, SURE, AcceptanceHead, inputs_of
 from lede_env.engine.layered_lm import LayeredLM, rms_norm
 from lede_env.engine.signals import OUTLOOK, margins, warmth
 from lede_env.errors import LedeError
@@ -193,8 +193,8 @@ class Net(torch.nn.Module):
         x = self.state(state) + self.token(self.embedding[token]) + self.signals(signals) + self.layer(layer)
         return self.out(self.drop(F.relu(self.middle(self.drop(F.relu(x))))))
 
-    def head(self, lm: LayeredLM, training: dict[str, Any]) -> AcceptanceHead:
-        """For the engine: the token's layer as a table, all in the precision of the file."""
+    def head(self, lm: LayeredLM, sure: Tensor, training: dict[str, Any]) -> AcceptanceHead:
+        """For the engine: the token's layer as a table, all in the precision of the file; `sure_answer` with them."""
         tensors = {
             "state": self.state.weight.T,
             "token": self.embedding @ self.token.weight.T,
@@ -204,9 +204,22 @@ class Net(torch.nn.Module):
             "middle_bias": self.middle.bias,
             "out": self.out.weight.T,
             "out_bias": self.out.bias,
+            "sure": sure,
         }
         arrays: dict[str, Any] = {name: t.detach().cpu().half().float().contiguous() for name, t in tensors.items()}
         return AcceptanceHead(lm.fingerprint, lm.candidate_layers, **arrays, training=training)
+
+
+def sure_answer(data: dict[str, Tensor]) -> Tensor:
+    """(3,) odds, log slope and ahead of the drafts that are sure, greedily and at T = 0.6; whatever their coins."""
+    counts = torch.ones(2, 2)  # of the draft and the next one: accepted, and not
+    for kind in (0, 1):
+        sure = (data["margin"] >= SURE) & (data["shortfall"][..., kind] == 0.0)  # (N, C)
+        goes_on = sure[:-1] & ~data["last"][:-1, None]
+        for row, kept in enumerate((data["chance"][..., kind][sure], data["expected"][1:, :, kind][goes_on])):
+            counts[row] += torch.stack([kept.sum(), (1.0 - kept).sum()]).cpu()
+    odds, ahead = (counts[:, 0] / counts[:, 1]).log()
+    return torch.stack([odds, torch.tensor(-STEEPEST), ahead])
 
 
 def losses(net: Net, data: dict[str, Tensor], rows: Tensor, layer: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,7 +323,7 @@ def main(args: Args) -> None:
         data = {split: {name: value.clone() for name, value in arrays.items()} for split, arrays in data.items()}
         rows = fit(data, args, net, bar)
     about = {"agent": "acceptance_head", "args": {**asdict(args), "out": str(args.out)}, "cross_entropy": rows}
-    head = net.head(model.lm, json.loads(json.dumps(about)))
+    head = net.head(model.lm, sure_answer(data["train"]), json.loads(json.dumps(about)))
     console.print(f"{head.save(args.out)}: {rows}")
 
 

@@ -125,7 +125,9 @@ def random_head(d: int, units: int, tokens: int, generator: torch.Generator) -> 
     shapes = [(d, units), (tokens, units), (INPUTS, units), (3, units), (units, units), (units,), (units, OUTLOOK)]
     scales = [d**-0.5, 1, 0.3, 1, (2 / units) ** 0.5, 0.3, 4 * units**-0.5]
     made = [torch.randn(*shape, generator=generator) * by for shape, by in zip(shapes, scales, strict=True)]
-    return AcceptanceHead("", (2, 4, 5), *made, torch.tensor([0.5, 1.0, -0.5])).to(torch.device("cuda"))
+    return AcceptanceHead("", (2, 4, 5), *made, torch.tensor([0.5, 1.0, -0.5]), torch.tensor([7.0, -5.0, 3.0])).to(
+        torch.device("cuda")
+    )
 
 
 # Of the model's own size; of a twin, whose donor's channels are the first; not of whole blocks.

@@ -181,7 +181,8 @@ def test_the_decoder_plays_the_same_episode(small, temperature, episodes):
             temperature=temperature,
             seed=int(draw_seed[0]),
         )
-        np.testing.assert_allclose(here.seen, there.seen, rtol=1e-5, atol=1e-6)
+        # The acceptance head is asked by torch here, by numpy there: sums of float32 in another order.
+        np.testing.assert_allclose(here.seen, there.seen, rtol=1e-4, atol=1e-4)
         assert totals(steps) == {key: getattr(out.counts, key) for key in totals(steps)}
         verified = [step for step in steps if "drafted" in step.info]
         rounds = list(out.rounds)

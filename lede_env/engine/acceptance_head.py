@@ -9,6 +9,9 @@ two numbers of its distribution that cost no softmax, and says three numbers:
 - ahead: the log-odds that the draft after it is accepted, should this one be.
 
 All of it is known once x is drawn, so whether another draft is made may depend on it (design section 4).
+
+Of a draft that is the most probable token by far the network is not asked: it is accepted 199 times in 200, and the
+same is said of all such drafts. They are a third of all, and policies do as well.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
 
 INPUTS = 3  # besides state and draft
 STEEPEST = 5.0  # bound of |log slope|
-TENSORS = ("state", "token", "signals", "bias", "middle", "middle_bias", "out", "out_bias")
+SURE = 4.0  # nats that the best token is above the second: then a draft of it is sure
+TENSORS = ("state", "token", "signals", "bias", "middle", "middle_bias", "out", "out_bias", "sure")
 
 
 def inputs_of(margin: Tensor, shortfall: Tensor, warm: Tensor) -> Tensor:
@@ -60,6 +64,7 @@ class AcceptanceHead:
     middle_bias: Tensor
     out: Tensor
     out_bias: Tensor
+    sure: Tensor
     training: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:
@@ -85,17 +90,23 @@ class AcceptanceHead:
 
         By numpy, which takes a fraction of torch's time for one row.
         """
-        first, own = self._first, self._numpy
-        x, d = np.zeros(len(first), np.float32), len(own["state"])
+        margin, shortfall, own = signals.margin, signals.shortfall, self._numpy
+        if margin >= SURE and shortfall == 0.0:
+            return self._sure
+        first, d = self._first, len(own["state"])
+        x = np.zeros(len(first), np.float32)
         x[:d] = normed[:d]
-        x[d : d + INPUTS] = signals.margin / 4, signals.shortfall / 4, warmth(signals.temperature) * 2
+        x[d : d + INPUTS] = margin / 4, shortfall / 4, warmth(signals.temperature) * 2
         x[d + INPUTS + self.candidate(signals.layer)] = 1.0
         x = x @ first
         x += own["token"][min(signals.token, len(own["token"]) - 1)]
         x = np.maximum(x, 0.0, out=x) @ own["middle"]
         x += own["middle_bias"]
-        odds, slope, ahead = (np.maximum(x, 0.0, out=x) @ own["out"] + own["out_bias"]).tolist()
-        return odds, math.exp(min(max(slope, -STEEPEST), STEEPEST)), ahead
+        return _with_slope(np.maximum(x, 0.0, out=x) @ own["out"] + own["out_bias"])
+
+    @cached_property
+    def _sure(self) -> tuple[float, float, float]:
+        return _with_slope(self._numpy["sure"])
 
     @cached_property
     def _numpy(self) -> dict[str, np.ndarray]:
@@ -122,6 +133,8 @@ class AcceptanceHead:
         # A twin's tokens beyond its donor's are never drafted, but for chance: they share the last row.
         hidden = torch.relu_(hidden.add_(self.token[tokens.clamp_max(len(self.token) - 1)]))
         answer = torch.addmm(self.out_bias, torch.relu_(torch.addmm(self.middle_bias, hidden, self.middle)), self.out)
+        sure = (inputs[:, :1] >= SURE / 4) & (inputs[:, 1:2] == 0.0)
+        answer = torch.where(sure, self.sure, answer)
         answer[:, 1].clamp_(-STEEPEST, STEEPEST).exp_()
         return answer
 
@@ -152,7 +165,13 @@ class AcceptanceHead:
 def _shapes(d: int, tokens: int, candidates: int, units: int) -> list[tuple[int, ...]]:
     """Of `TENSORS`."""
     return [(d, units), (tokens, units), (INPUTS, units), (candidates, units),
-            (units, units), (units,), (units, OUTLOOK), (OUTLOOK,)]  # fmt: skip
+            (units, units), (units,), (units, OUTLOOK), (OUTLOOK,), (OUTLOOK,)]  # fmt: skip
+
+
+def _with_slope(answer: np.ndarray) -> tuple[float, float, float]:
+    """(3,) odds, log slope and ahead -> the slope in place of its log."""
+    odds, log_slope, ahead = answer.tolist()
+    return odds, math.exp(min(max(log_slope, -STEEPEST), STEEPEST)), ahead
 
 
 def load_head(folder: str | Path) -> AcceptanceHead:

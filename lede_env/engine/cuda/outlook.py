@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lede_env.engine.acceptance_head import STEEPEST, AcceptanceHead
+from lede_env.engine.acceptance_head import STEEPEST, SURE, AcceptanceHead
 from lede_env.engine.read_signals import ODDS, SLOPE, TOKEN, TOKEN_LOGIT
 from lede_env.engine.signals import LOG_FLOOR, OUTLOOK
 
@@ -65,15 +65,18 @@ def _middle_kernel(x_ptr, weight_ptr, bias_ptr, units_ptr, U, STEPS, BK: tl.cons
 
 @triton.jit
 def _last_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, U,
+    x_ptr, weight_ptr, bias_ptr, sure_ptr, out_ptr, U,
     BK: tl.constexpr, BN: tl.constexpr, COUNT: tl.constexpr, ODDS: tl.constexpr, SLOPE: tl.constexpr,
-    STEEPEST: tl.constexpr,
+    TOKEN_LOGIT: tl.constexpr, STEEPEST: tl.constexpr, SURE: tl.constexpr,
 ):  # fmt: skip
     """The COUNT numbers it says, into the read-out from ODDS on."""
     k, n = tl.arange(0, BK), tl.arange(0, BN)
     x = tl.load(x_ptr + k, mask=k < U, other=0.0)
     w = tl.load(weight_ptr + k[:, None] * COUNT + n[None, :], mask=(k < U)[:, None] & (n < COUNT)[None, :], other=0.0)
     y = tl.sum(x[:, None] * w, axis=0) + tl.load(bias_ptr + n, mask=n < COUNT, other=0.0)
+    best = tl.load(out_ptr)
+    sure = (best - tl.load(out_ptr + 1) >= SURE) & (best == tl.load(out_ptr + TOKEN_LOGIT))
+    y = tl.where(sure, tl.load(sure_ptr + n, mask=n < COUNT, other=0.0), y)
     slope = tl.exp(tl.minimum(tl.maximum(y, -STEEPEST), STEEPEST))
     tl.store(out_ptr + ODDS + n, tl.where(n == SLOPE - ODDS, slope, y), mask=n < COUNT)
 
@@ -112,7 +115,7 @@ class Outlook:
             BK=block_u, BN=UNITS, num_warps=4,
         )  # fmt: skip
         _last_kernel[(1,)](
-            self.second, head.out, head.out_bias, out, units,
+            self.second, head.out, head.out_bias, head.sure, out, units,
             BK=triton.next_power_of_2(units), BN=triton.next_power_of_2(OUTLOOK), COUNT=OUTLOOK, ODDS=ODDS, SLOPE=SLOPE,
-            STEEPEST=STEEPEST, num_warps=4,
+            TOKEN_LOGIT=TOKEN_LOGIT, STEEPEST=STEEPEST, SURE=SURE, num_warps=4,
         )  # fmt: skip
