@@ -5,7 +5,7 @@ state at every candidate layer, what that layer would draft there, and the chanc
 that chance the head learns the distribution, by cross-entropy: for a uniform number u, whether u < p / q. A second
 answer is how likely the *next* draft is accepted, should this one be.
 
-    python -m agents.acceptance_head --prompts openings.jsonl --out runs/acceptance_head
+    python -m agents.acceptance_head --openings openings.jsonl --out runs/acceptance_head
 
 Half an hour on a laptop for 300,000 positions; six million take four minutes on a GPU, and more texts help most.
 Prompts are the training ones of this project and those given; how the head fares on the validation ones is reported.
@@ -215,7 +215,9 @@ def sure_answer(data: dict[str, Tensor]) -> Tensor:
     counts = torch.ones(2, 2)  # of the draft and the next one: accepted, and not
     for kind in (0, 1):
         sure = (data["margin"] >= SURE) & (data["shortfall"][..., kind] == 0.0)  # (N, C)
-        goes_on = sure[:-1] & ~data["last"][:-1, None]
+        # The next draft, should this one be accepted: then it is the text's token.
+        goes_on = (data["margin"] >= SURE) & (data["target_shortfall"] == 0.0)
+        goes_on = goes_on[:-1] & ~data["last"][:-1, None]
         for row, kept in enumerate((data["chance"][..., kind][sure], data["expected"][1:, :, kind][goes_on])):
             counts[row] += torch.stack([kept.sum(), (1.0 - kept).sum()]).cpu()
     odds, ahead = (counts[:, 0] / counts[:, 1]).log()

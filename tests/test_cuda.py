@@ -146,7 +146,8 @@ def test_the_outlook_is_what_the_acceptance_head_says(hidden, d, units, temperat
     lm, outlook = SimpleNamespace(normed=lambda x: rms_norm(x, norm, eps)), Outlook(head, norm, eps)
     states = torch.randn(slots, hidden, generator=generator).mul(torch.tensor([[0.02], [1], [3], [40]])).to(device)
     logits = torch.randn(slots, vocab, generator=generator).mul(torch.tensor([[0.5], [3], [60], [3]])).to(device)
-    logits[3, vocab - 1] = 30.0  # a token that the donor does not have
+    logits[2, 7] = logits[2].max() + 5.0  # a sure draft
+    logits[3, vocab - 1] = logits[3].max() + 2.0  # a token that the donor does not have, and none that is sure
     read, out = ReadOut(vocab, device), torch.zeros(SIZE, device=device)
     tokens = torch.zeros(slots + 1, dtype=torch.long, device=device)
     for slot in range(slots):

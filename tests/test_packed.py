@@ -38,6 +38,22 @@ def test_many_rows_get_what_each_gets(tmp_path, architecture):
     assert not torch.equal(together, each)  # by other kernels, or the copy was not used
 
 
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_prompt_in_one_piece_is_what_its_tokens_are(tmp_path, architecture):
+    save_random_model(tmp_path, architecture)
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    ids, found = [(7 * place) % 40 + 1 for place in range(packed.ROWS + 9)], []
+    for step in (1, len(ids)):
+        with torch.inference_mode(), lm.session(1, len(ids), width=len(ids)) as session:
+            for begin in range(0, len(ids), step):
+                for token in ids[begin : begin + step]:
+                    session.feed([0], [token])
+                states = session.finish([0])[0].clone()
+                session.close_round(0, step)
+            found.append(states[-1])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
     save_random_model(tmp_path)
     for dtype in ("float64", "bfloat16"):

@@ -67,6 +67,10 @@ class AcceptanceHead:
     sure: Tensor
     training: dict[str, Any] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To copy and to pickle: without the copies for the host."""
+        return {name: value for name, value in vars(self).items() if name not in ("_numpy", "_first")}
+
     def to(self, device: torch.device) -> Self:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
@@ -85,19 +89,21 @@ class AcceptanceHead:
             )
         return self.candidate_layers.index(layer)
 
-    def ask(self, normed: np.ndarray, signals: Signals) -> tuple[float, float, float]:
-        """Odds, slope and ahead of the draft these signals are of, and its (d,) normed state: as `read`, of one row.
+    def ask(self, normed: Tensor, signals: Signals) -> tuple[float, float, float]:
+        """Odds, slope and ahead of the draft that was drawn from these signals' (H,) normed state: `read` of one row.
 
         By numpy, which takes a fraction of torch's time for one row.
         """
-        margin, shortfall, own = signals.margin, signals.shortfall, self._numpy
-        if margin >= SURE and shortfall == 0.0:
+        assert signals.token >= 0  # drawn
+        candidate, own = self.candidate(signals.layer), self._numpy
+        margin, shortfall = signals.margin, signals.shortfall
+        if np.float32(margin) >= SURE and shortfall == 0.0:  # rounded as in `read`
             return self._sure
         first, d = self._first, len(own["state"])
         x = np.zeros(len(first), np.float32)
-        x[:d] = normed[:d]
+        x[:d] = normed[:d].float().cpu().numpy()
         x[d : d + INPUTS] = margin / 4, shortfall / 4, warmth(signals.temperature) * 2
-        x[d + INPUTS + self.candidate(signals.layer)] = 1.0
+        x[d + INPUTS + candidate] = 1.0
         x = x @ first
         x += own["token"][min(signals.token, len(own["token"]) - 1)]
         x = np.maximum(x, 0.0, out=x) @ own["middle"]
@@ -200,7 +206,7 @@ def load_head(folder: str | Path) -> AcceptanceHead:
             raise ValueError("a weight that is not finite")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise LedeError(
-            f"{folder} holds no readable acceptance head ({error!r}); copy head.json and head.safetensors again, or "
-            "train one: python -m agents.acceptance_head"
+            f"{folder} holds no acceptance head that this version reads ({error!r}); copy head.json and "
+            "head.safetensors again, or train one: python -m agents.acceptance_head"
         ) from error
     return head

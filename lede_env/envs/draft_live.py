@@ -1,7 +1,7 @@
 """The draft MDP from the language model itself: rounds of drafting and verification, as the decoder plays them.
 
 It makes the decoder's calls in the decoder's order, on the same session, so that a policy sees in the environment
-what it sees there, bit for bit with one lane.
+what it sees there, bit for bit with one lane, but for the acceptance head: lanes ask it together.
 """
 
 from __future__ import annotations
