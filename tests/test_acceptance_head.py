@@ -105,6 +105,12 @@ def test_one_row_is_told_what_many_are(random_model, temperature, width):
     assert sure == 40 if width == 1 else 3 < sure < 20  # a vocabulary of one has no second token
 
 
+def test_nothing_is_said_before_the_draw(tiny):
+    signals = LogitSignals(3, tiny.n_layers, 1, 12, logits=torch.zeros(tiny.geometry.vocab))
+    with pytest.raises(lede_env.LedeError, match="once it is drawn"):
+        tiny.acceptance_head.ask(torch.zeros(tiny.geometry.hidden), signals)
+
+
 def test_what_is_said_of_sure_drafts():
     """Three positions of a text, one candidate: two are sure; one of these is accepted when drawn, greedily both."""
     flat = torch.zeros(3, 1, 3)

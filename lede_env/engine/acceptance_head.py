@@ -94,7 +94,10 @@ class AcceptanceHead:
 
         By numpy, which takes a fraction of torch's time for one row.
         """
-        assert signals.token >= 0  # drawn
+        if signals.token < 0:
+            raise LedeError(
+                "the acceptance head speaks of a draft once it is drawn; ask in `keep_drafting`, not before"
+            )
         candidate, own = self.candidate(signals.layer), self._numpy
         margin, shortfall = signals.margin, signals.shortfall
         if np.float32(margin) >= SURE and shortfall == 0.0:  # rounded as in `read`
