@@ -213,11 +213,11 @@ class Net(torch.nn.Module):
 def sure_answer(data: dict[str, Tensor]) -> Tensor:
     """(3,) odds, log slope and ahead of the drafts that are sure, greedily and at T = 0.6; whatever their coins."""
     counts = torch.ones(2, 2)  # of the draft and the next one: accepted, and not
+    far = data["margin"] >= SURE  # (N, C)
+    # The next draft, should this one be accepted: then it is the text's token.
+    goes_on = (far & (data["target_shortfall"] == 0.0))[:-1] & ~data["last"][:-1, None]
     for kind in (0, 1):
-        sure = (data["margin"] >= SURE) & (data["shortfall"][..., kind] == 0.0)  # (N, C)
-        # The next draft, should this one be accepted: then it is the text's token.
-        goes_on = (data["margin"] >= SURE) & (data["target_shortfall"] == 0.0)
-        goes_on = goes_on[:-1] & ~data["last"][:-1, None]
+        sure = far & (data["shortfall"][..., kind] == 0.0)
         for row, kept in enumerate((data["chance"][..., kind][sure], data["expected"][1:, :, kind][goes_on])):
             counts[row] += torch.stack([kept.sum(), (1.0 - kept).sum()]).cpu()
     odds, ahead = (counts[:, 0] / counts[:, 1]).log()

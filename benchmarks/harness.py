@@ -28,6 +28,7 @@ from lede_env.display.progress import progress_bar
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import CostModel
 from lede_env.engine.layered_lm import LayeredLM
+from lede_env.engine.processor import processor_name
 from lede_env.engine.round import Counts
 from lede_env.envs.backends import LiveBackend
 from lede_env.models.zoo import twin_layer
@@ -41,7 +42,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{processor_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
@@ -55,12 +56,6 @@ def results_folder(device: str) -> Path:
     if device != "cuda":
         return RESULTS / "cpu"
     return RESULTS / torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 class Timing:

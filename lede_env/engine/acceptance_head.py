@@ -115,6 +115,7 @@ class AcceptanceHead:
 
     @cached_property
     def _sure(self) -> tuple[float, float, float]:
+        """What is said of every draft that is sure."""
         return _with_slope(self._numpy["sure"])
 
     @cached_property

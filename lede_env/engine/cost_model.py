@@ -18,6 +18,7 @@ from typing import Literal
 
 from lede_env.arguments import clear_errors
 from lede_env.engine.lookup import NO_GUESS
+from lede_env.engine.processor import processor_name
 from lede_env.engine.round import DRAFT_CAP, Round
 from lede_env.errors import LedeError
 
@@ -149,7 +150,9 @@ def measure(
         name=f"{lm.name}-{lm.device.type}",
         model=lm.name,
         weights=lm.weights,
-        device=torch.cuda.get_device_name(lm.device) if on_gpu else _cpu(torch.get_num_threads()),
+        device=torch.cuda.get_device_name(lm.device)
+        if on_gpu
+        else f"{processor_name()}, {torch.get_num_threads()} threads",
         dtype=str(lm.dtype).removeprefix("torch."),
         n_layers=lm.n_layers,
         layer=(0.0, *(seconds[f"layer {width}"] / lm.n_layers for width in widths)),
@@ -258,16 +261,6 @@ def _on_device(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def _cpu(threads: int) -> str:
-    """The processor's name and the threads used."""
-    import platform
-
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {threads} threads"
 
 
 def main(

@@ -16,7 +16,7 @@ class LogitSignals(Signals):
     """Signals of (V,) logits, each computed when it is asked for: not asking costs nothing."""
 
     logits: Tensor = field(kw_only=True)
-    head: Callable[[Signals], tuple[float, float, float]] | None = None  # these, the token drawn, to its `outlook`
+    head: Callable[[Signals], tuple[float, float, float]] | None = None  # its `outlook`, from these signals
     lap: Callable[[str], None] = no_lap  # the profile's stopwatch
     _log_p: Tensor | None = None
     _numbers: np.ndarray | None = None  # the logits; numpy takes a fraction of torch's time for one row

@@ -8,28 +8,19 @@ too, elsewhere prompts and batches are. The operators are those that `torch.comp
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lede_env.engine.processor import processor_name
+
 if TYPE_CHECKING:
     from lede_env.engine.layered_lm import LayeredLM
 
-
-def fewest_rows() -> int:
-    """The fewest that gain by it, on this processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            maker = file.read(1000)
-    except OSError:  # not Linux
-        maker = platform.processor()
-    return 2 if "AuthenticAMD" in maker else 16
-
-
-ROWS = fewest_rows()
+ROWS = 2 if processor_name().startswith("AMD ") else 16  # fewest that gain by it
+LAID_OUT_FOR = 16  # rows, whatever their number: layouts for fewer gain nothing
 MOST = 2**28  # bytes of weights: a larger model stays in one copy
 
 
@@ -45,7 +36,7 @@ def packed_copy(lm: LayeredLM) -> LayeredLM | None:
 
 
 def _pack(matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), 16)
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.t().contiguous(), LAID_OUT_FOR)
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
