@@ -100,7 +100,7 @@ def test_one_row_is_told_what_many_are(random_model, temperature, width):
     many = head.read(lm, states, logits, tokens, layer, temperature)
     for state, own, token, said in zip(lm.normed(states), logits, tokens.tolist(), many, strict=True):
         signals = LogitSignals(layer, lm.n_layers, 1, 12, temperature=temperature, token=token, logits=own)
-        torch.testing.assert_close(torch.tensor(head.ask(state, signals)), said, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(head.ask(state[None], signals)), said, rtol=1e-4, atol=1e-4)
     sure = (many[:, 0] == head.sure[0]).sum()
     assert sure == 40 if width == 1 else 3 < sure < 20  # a vocabulary of one has no second token
 
@@ -108,7 +108,7 @@ def test_one_row_is_told_what_many_are(random_model, temperature, width):
 def test_nothing_is_said_before_the_draw(tiny):
     signals = LogitSignals(3, tiny.n_layers, 1, 12, logits=torch.zeros(tiny.geometry.vocab))
     with pytest.raises(lede_env.LedeError, match="once it is drawn"):
-        tiny.acceptance_head.ask(torch.zeros(tiny.geometry.hidden), signals)
+        tiny.acceptance_head.ask(torch.zeros(1, tiny.geometry.hidden), signals)
 
 
 def test_what_is_said_of_sure_drafts():

@@ -117,7 +117,7 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             signals = LogitSignals(*context, lap=lap, logits=logits[at])
             if row.outlook:
                 assert lm.acceptance_head is not None  # `generate` has made sure
-                signals.head = partial(lm.acceptance_head.ask, normed[at])
+                signals.head = partial(lm.acceptance_head.ask, normed[at : at + 1])
             if step + 1 < len(path) and not row.control.leave(signals, row.round):
                 row.round.checks += 1
                 staying.append(row)

@@ -20,7 +20,7 @@ class Span:
     start: int  # first position, when `whole`
     stop: int  # slots [0, stop) are read
     whole: bool  # one row, or every row of the session at one position: plain slices will do
-    mask: Tensor | None  # bool, broadcast to (R, heads, Q, stop): slot <= position
+    mask: Tensor | None  # broadcast to (R, heads, Q, stop): slot <= position, see `KVCache._mask`
     causal: bool = False  # in place of the mask: queries and slots are the same positions
     queries: tuple[list[int], list[int]] | None = None  # in place of the mask: each one's row, and the slots it reads
 
@@ -61,15 +61,25 @@ class KVCache:
             positions = self.slots[starts[0] : stop].unsqueeze(0)  # (1, Q)
             # One query reads everything before it; several need the causal triangle.
             causal = width > 1 and starts[0] == 0 and device.type == "cuda"
-            mask = self.slots[:stop] <= positions.squeeze(0).unsqueeze(1) if width > 1 and not causal else None
+            several = width > 1 and not causal
+            mask = self._mask(self.slots[:stop] <= positions.squeeze(0).unsqueeze(1)) if several else None
             own = slice(None) if every else slice(rows[0], rows[0] + 1)
             return Span(own, positions, starts[0], stop, True, mask, causal)
         positions = torch.tensor(starts, device=device).unsqueeze(1) + self.slots[:width]  # (R, Q)
         if self.by_query and width == 1:
             return Span(slice(None), positions, 0, stop, False, None, queries=(rows, [start + 1 for start in starts]))
         index = slice(None) if every else torch.tensor(rows, device=device)
-        mask = (self.slots[:stop] <= positions.unsqueeze(-1)).unsqueeze(1)  # (R, 1, Q, stop)
+        mask = self._mask(self.slots[:stop] <= positions.unsqueeze(-1)).unsqueeze(1)  # (R, 1, Q, stop)
         return Span(index, positions, 0, stop, False, mask)
+
+    def _mask(self, reads: Tensor) -> Tensor:
+        """Which slots each query reads, bool, as attention takes it fastest: on a CPU, as what is added to the scores.
+
+        Its kernel would make that of a bool mask itself, in every layer anew: 20 of some 90 us.
+        """
+        if reads.device.type != "cpu":
+            return reads
+        return torch.zeros(reads.shape, dtype=self.keys[0].dtype).masked_fill_(~reads, -torch.inf)
 
     def attend(self, layer: int, span: Span, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Store (R, Q, kv_heads, D) keys and values, then attend to all the span may read.
