@@ -33,7 +33,7 @@ def task_rows(record: Record, costs: str, model: str) -> list[dict[str, Any]]:
     Speed is by the clock for the former and modelled for the latter, which leaves prefill out.
     """
     results = record["results"][costs]
-    speeds = {name: speed_of(result) for name, result in results.items()}
+    speeds = {name: speed_of(result, record.get("prompt_of")) for name, result in results.items()}
     rows = []
     for name, result in results.items():
         counts = Counts(**result["counts"])
@@ -56,10 +56,14 @@ def task_rows(record: Record, costs: str, model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def speed_of(result: dict[str, Any]) -> np.ndarray:
-    """(N, 2): time of each prompt, by the clock where there is one, else modelled; and its tokens."""
+def speed_of(result: dict[str, Any], prompt_of: Sequence[int] | None) -> np.ndarray:
+    """(N, 2): time of each prompt, all its texts together, by the clock where there is one, else modelled; and tokens.
+
+    prompt_of: the number of each text's prompt; None where every prompt has one text, in records of before.
+    """
     times = [np.median(s) for s in result["seconds"]] if "seconds" in result else result["cost"]
-    return np.column_stack([times, result["tokens"]])
+    prompts = np.arange(len(times)) if prompt_of is None else np.array(prompt_of)
+    return np.column_stack([np.bincount(prompts, weights) for weights in (times, result["tokens"])])
 
 
 def versus(name: str, base: np.ndarray, other: np.ndarray) -> dict[str, Any]:
@@ -86,7 +90,11 @@ def paper_columns(model: str, record: Record, method: str) -> dict[str, Any]:
 def pool(records: Sequence[Record]) -> Record:
     """All tasks as one: the prompts of each after those of the others, every task at its own settings."""
     ablated = all("LEDE w/o dynamic exit" in record["results"][MACHINE] for record in records)
-    pooled: Record = {"task": POOLED, "paper_task": ABLATION if ablated else POOLED, "results": {}}
+    known = [record.get("prompt_of", range(record["prompts"])) for record in records]
+    before = np.cumsum([0, *(record["prompts"] for record in records)])
+    prompt_of = [int(first + prompt) for first, own in zip(before, known, strict=False) for prompt in own]
+    pooled: Record = {"task": POOLED, "paper_task": ABLATION if ablated else POOLED, "prompt_of": prompt_of}
+    pooled["results"] = {}
     for costs, results in records[0]["results"].items():
         pooled["results"][costs] = {
             name: _join([record["results"][costs][name] for record in records]) for name in results
@@ -154,7 +162,8 @@ def markdown(rows: Sequence[dict[str, Any]], records: Sequence[Record], about: d
     lines += ["", "## Each task", ""]
     for record in records:
         lines.append(
-            f"- {record['task']}: {record['prompts']} test prompts, {record['cut']} of them cut to fit; "
+            f"- {record['task']}: {len(record.get('prompt_of', range(record['prompts'])))} texts of "
+            f"{record['prompts']} test prompts, {record['cut']} of them cut to fit; "
             f"{record['validation_prompts']} validation prompts, none of them a test prompt; "
             f"run at {record['commit']} on {record['date']}"
         )

@@ -65,6 +65,7 @@ class Args:
     max_new_tokens: int = 128  # the paper: 512
     prompts: int = 24  # test prompts a task, or as many as there are
     validation_prompts: int = 8  # prompts a task to tune on
+    samples: int = 1  # texts of each test prompt, every one from a seed of its own; more than 1 at a temperature only
     repeats: int = 3  # timings of each test prompt, and of the finalists on each validation prompt
     finalists: int = 3  # settings of a method that are timed, the best by modelled cost
     machine_costs: str = "measured"  # cost model of this machine: measured at the start, or a name or path
@@ -75,9 +76,14 @@ class Args:
     out: Path | None = None  # folder of the results; by default benchmarks/results/DEVICE
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "validation_prompts", "repeats", "finalists", "max_new_tokens"):
+        for name in ("prompts", "validation_prompts", "samples", "repeats", "finalists", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.samples > 1 and self.temperature == 0:
+            raise LedeError(
+                f"samples={self.samples}: greedy decoding has one text of a prompt; add --temperature, or for more "
+                "timings of that text --repeats"
+            )
         for name in self.methods:
             if name not in GRIDS:
                 raise LedeError(f"method {name!r} is unknown; known: {', '.join(GRIDS)}")
@@ -185,6 +191,7 @@ def results_path(args: Args, lm: LayeredLM) -> Path:
 
 def run_task(args: Args, bench: Bench, name: str, validation: list[Prompt], test: list[Prompt]) -> dict[str, Any]:
     """Tune on the validation prompts, decode the test prompts: the record of a task, as it is stored."""
+    distinct, test = len(test), test * args.samples  # every text draws from a seed of its own
     names = list(dict.fromkeys(["autoregressive", "layerskip", *args.methods]))
     trials = search(bench, names, validation, args.finalists, args.repeats)
     encoded, cut = bench.tokens(test)
@@ -206,10 +213,11 @@ def run_task(args: Args, bench: Bench, name: str, validation: list[Prompt], test
     here = machine(bench.lm.device.type)
     return {
         "paper_task": name if test[0].task == "parse" else test[0].task,  # of parses, the paper has TOPv2 alone
-        "prompts": len(test),
-        "cut": cut,
+        "prompts": distinct,
+        "prompt_of": [index % distinct for index in range(len(test))],  # each text
+        "cut": cut // args.samples,
         "validation_prompts": len(validation),
-        "test_ids": [prompt.id for prompt in test],
+        "test_ids": [prompt.id for prompt in test[:distinct]],
         "validation_ids": [prompt.id for prompt in validation],
         "commit": here["commit"],
         "date": here["date"],

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks import learning_dynamics, paper_tables
 from benchmarks.harness import Player, rouge_l, time_methods
 from benchmarks.paper_cells import cells, paper_cell
-from benchmarks.paper_report import UNLIKE
+from benchmarks.paper_report import UNLIKE, pool, speed_of
 from benchmarks.paper_results import Results
 from benchmarks.paper_tables import Args, task_name, task_sources
 from benchmarks.tuning import GRIDS, MACHINE, Bench, Trial, score, score_static, search
@@ -233,6 +233,23 @@ def test_cells_the_paper_garbled_are_missing():
     assert cells()["Llama2-7B", "topv2", "LITE"] == {"E": 18.0, "rouge_l": 0.094}
 
 
+def test_several_texts_of_a_prompt(arguments, tmp_path):
+    """Every text has a seed of its own; an interval is over prompts, each with all its texts."""
+    args = replace(arguments, temperature=0.6, samples=3, methods=(), ablation=False, cost_models=(), out=tmp_path)
+    rows = paper_tables.main(args)
+    tasks = json.loads((tmp_path / "paper_tables-tiny-T0.6.json").read_text())["tasks"]
+    for record in tasks.values():
+        assert (record["prompts"], record["prompt_of"]) == (2, [0, 1, 0, 1, 0, 1])
+        assert all(len(result["tokens"]) == 6 for result in record["results"][MACHINE].values())
+    one = tasks["lm"]["results"][MACHINE]["LayerSkip"]
+    assert len({tuple(values) for values in zip(one["tokens"], one["cost"], strict=True)}) > 2
+    apart, together = (speed_of(one, prompt_of) for prompt_of in (None, tasks["lm"]["prompt_of"]))
+    assert apart.shape == (6, 2) and together == pytest.approx(apart.reshape(3, 2, 2).sum(0))
+    pooled = pool(list(tasks.values()))
+    assert speed_of(pooled["results"][MACHINE]["LayerSkip"], pooled["prompt_of"])[:2] == pytest.approx(together)
+    assert len(rows) == 6 and "6 texts of 2 test prompts" in (tmp_path / "paper_tables-tiny-T0.6.md").read_text()
+
+
 def test_task_names():
     assert [task_name(source) for source in ("code", "a/snips_parse.jsonl", "a/humaneval.jsonl", "hub:topv2")] == [
         "code", "SNIPS", "humaneval", "topv2",
@@ -245,6 +262,8 @@ def test_task_names():
 def test_unusable_arguments_are_refused():
     with pytest.raises(LedeError, match="repeats=0"):
         Args(repeats=0)
+    with pytest.raises(LedeError, match="samples=2: greedy decoding has one text"):
+        Args(samples=2)
     with pytest.raises(LedeError, match="'medusa' is unknown"):
         Args(methods=("medusa",))
     with pytest.raises(LedeError, match="add lede"):
