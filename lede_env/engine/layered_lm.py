@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lede_env.arguments import check_text, whole_number
 from lede_env.engine.cuda import kernels_fit
-from lede_env.engine.packed import ROWS, packed_copy, plus_times, times
+from lede_env.engine.packed import PACKED, TURNED, Copy, packed_copy, turned_copy
 from lede_env.engine.round import DRAFT_CAP
 from lede_env.errors import LedeError
 
@@ -91,17 +91,24 @@ class LayeredLM:
         return self.device.type == "cuda" and kernels_fit(self)
 
     @cached_property
-    def packed(self) -> LayeredLM | None:
-        """A copy for many rows at a time on a CPU, where that pays."""
+    def turned(self) -> Copy | None:
+        """The matrices laid out for a few rows on a CPU, where that pays."""
+        return turned_copy(self)
+
+    @cached_property
+    def packed(self) -> Copy | None:
+        """The matrices laid out for many rows on a CPU, where that pays."""
         return packed_copy(self)
 
-    def _packed_for(self, x: Tensor) -> LayeredLM | None:
-        """The packed copy where it serves: for enough rows, and not for gradients, which oneDNN's operators lose."""
-        return self.packed if len(x) >= ROWS and not (x.requires_grad and torch.is_grad_enabled()) else None
+    def _copy_for(self, x: Tensor) -> Copy | None:
+        """The copy that serves so many rows best, if any; none for gradients, which oneDNN's operators lose."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        return self.turned if len(x) <= TURNED else self.packed if len(x) >= PACKED else None
 
     def __getstate__(self) -> dict[str, Any]:
         """To copy and to pickle: oneDNN's layouts can do neither, and the copy makes its own."""
-        return {name: value for name, value in vars(self).items() if name != "packed"}
+        return {name: value for name, value in vars(self).items() if name not in ("turned", "packed")}
 
     def session(self, batch: int, capacity: int, width: int = DRAFT_CAP + 1, taps: Sequence[int] = ()) -> Session:
         """A fresh KV cache for `batch` rows of up to `capacity` positions; at most `width` open slots a round.
@@ -129,14 +136,14 @@ class LayeredLM:
         shape, eps, mlp = x.shape, self.norm_eps, self.geometry.mlp
         x = x.reshape(-1, shape[-1])  # (N, H), N = R Q
         turn = self.rope[span.positions].unsqueeze(2)  # (R or 1, Q, 1, D / 2)
-        packed = self._packed_for(x)
-        mm: Callable[..., Tensor] = times if packed else torch.mm
-        addmm: Callable[..., Tensor] = plus_times if packed else torch.addmm
+        copy = self._copy_for(x)
+        mm: Callable[..., Tensor] = copy.times if copy else torch.mm
+        addmm: Callable[..., Tensor] = copy.plus_times if copy else torch.addmm
         for index in range(first, last):
-            layer = (packed or self).layers[index]
+            layer = (copy or self).layers[index]
             h = rms_norm(x, layer.attention_norm, eps)
             qkv = mm(h, layer.qkv) if layer.qkv_bias is None else addmm(layer.qkv_bias, h, layer.qkv)
-            x = addmm(x, self._attend(qkv, shape, turn, cache, span, index), layer.out)
+            x = addmm(x, self._attend(qkv.contiguous(), shape, turn, cache, span, index), layer.out)
             gate_up = mm(rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
             # Slices, here and below: `chunk` and `split` cost several times as much.
             x = addmm(x, F.silu(gate_up[:, :mlp]).mul_(gate_up[:, mlp:]), layer.down)
@@ -159,8 +166,8 @@ class LayeredLM:
 
     def unembed(self, normed: Tensor) -> Tensor:
         """(N, H) normed states -> (N, V) logits, as `logits`."""
-        packed = self._packed_for(normed)
-        logits = times(normed, packed.head) if packed else normed @ self.head
+        copy = self._copy_for(normed)
+        logits = copy.times(normed, copy.head).contiguous() if copy else normed @ self.head
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def encode(self, prompt: str | list[dict[str, str]] | list[int]) -> list[int]:
