@@ -26,12 +26,13 @@ import tyro
 from rich.console import Console
 
 from agents.advantages import draft_advantages, draft_questions
-from agents.judge import problem
+from agents.judge import Problem, problem
 from agents.task import Board, record_history, summary
 from agents.tree import Tree
 from lede_env.arguments import clear_errors
 from lede_env.data.registry import load_trace
 from lede_env.display.progress import progress_bar
+from lede_env.engine.cost_model import load_cost_model
 from lede_env.engine.signals import asks_head, select_features
 from lede_env.errors import LedeError
 from lede_env.oracles import DraftTable, ask
@@ -51,6 +52,7 @@ class Args:
     features: tuple[str, ...] = (  # what the policy observes
         "margin", "layer", "match", "echo", "phase", "position", "doubt", "temperature", "drawn", "peril",
     )  # fmt: skip
+    bonus_from: float = 0.0  # a round less likely than this to be accepted whole gives up its bonus token; 0: none does
     out: Path = Path("runs/optimal_stopping")  # folder for history.csv and policy/
     seed: int = 1  # one seed reproduces a run bit for bit
 
@@ -65,6 +67,8 @@ class Args:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least {least}")
         if not 0.0 <= self.off_path <= 1.0:
             raise LedeError(f"off_path={self.off_path}; expected a weight in [0, 1]")
+        if self.bonus_from and "risk" not in self.features:
+            raise LedeError(f"bonus_from={self.bonus_from} goes by the feature 'risk'; add it to --features")
 
 
 class States:
@@ -97,10 +101,18 @@ def settings_of(trace: str, args: Args) -> dict[str, Any]:
     return {"model": header.model_name, "trace": trace, **costs, **{name: getattr(header, name) for name in recorded}}
 
 
+def posed(its: Problem, args: Args) -> Problem:
+    """The problem with rounds as the policy will have the decoder play them."""
+    if not args.bonus_from:
+        return its
+    assert isinstance(its.table, DraftTable)
+    return replace(its, table=its.table.without_bonus(args.bonus_from, load_cost_model(args.cost_model)))
+
+
 def train(args: Args, report: Callable[[dict], None] = lambda row: None) -> tuple[TreePolicy, list[dict]]:
     """Fitted policy iteration; returns the best policy on the validation prompts, and a row an iteration."""
     problems = {
-        split: [problem(ENV_ID, split, settings_of(trace, args), args.features) for trace in args.traces]
+        split: [posed(problem(ENV_ID, split, settings_of(trace, args), args.features), args) for trace in args.traces]
         for split in SPLITS
     }
     known, *others = (each.env.attributes for each in problems["train"])
@@ -119,7 +131,7 @@ def train(args: Args, report: Callable[[dict], None] = lambda row: None) -> tupl
         advantage, visited = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         weights = np.where(visited, 1.0, args.off_path)
         loss = tree.fit(seen, advantage, weights)
-        policy = tree.export(known, features, {})
+        policy = replace(tree.export(known, features, {}), bonus_from=args.bonus_from)
         played = {split: [each.judge(policy) for each in several] for split, several in problems.items()}
         rates = [each.modelled_speedup for each in played["train"]]
         speedups = [each.modelled_speedup for split in SPLITS for each in played[split]]

@@ -81,7 +81,12 @@ def compare(args: Args, env_id: str, temperature: float, policies: dict[str, Tra
         for name, policy in policies.items():
             learned[f"trees on the features of {name}"] = fit_reference(env_id, features=policy.features, **settings)
         learned["trees on all features"] = fit_reference(env_id, features=env.features, **settings)
-    played |= {name: table.play(table.decisions(policy)) for name, policy in learned.items()}
+    for name, policy in learned.items():
+        least = getattr(policy, "bonus_from", 0.0)
+        rounds = table.without_bonus(least, load_cost_model(cost_model)) if least else table
+        played[name] = rounds.play(table.decisions(policy))
+        if least:
+            played[f"{name}, always with a bonus token"] = table.play(table.decisions(policy))
     played["clairvoyant"] = best = table.fastest()
     about = {"environment": env_id, "costs": cost_model, "T": temperature}
     rows = [row_of(name, totals, played[TUNED], static, best, table.mdp) for name, totals in played.items()]

@@ -60,9 +60,11 @@ class WaryPolicy:
 
 
 class HeadPolicy:
-    """Stops drafting by what an acceptance head says of the drafts and coins drawn: one of random weights here."""
+    """Stops drafting, and gives up the bonus token, by what an acceptance head says of the drafts and coins drawn: one
+    of random weights here."""
 
     features = ("phase", "margin", "risk", "ahead")
+    bonus_from = 0.5
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         phase, margin, risk, ahead = observations.T
@@ -197,7 +199,7 @@ def resample_from_p(sampling: Sampling) -> Iterator[Strategy]:
 def drop_low_confidence(sampling: Sampling) -> Iterator[Strategy]:
     """A round's last draft is thrown away, unverified, if its probability is low."""
 
-    def match(drafts, p, q, coins, after):
+    def match(drafts, p, q, coins, after, bonus):
         outcomes = []
         parts = p.split([len(row) + 1 for row in drafts])
         for row, own_p, own_q, own, last in zip(drafts, parts, q, coins, after, strict=True):

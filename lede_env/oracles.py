@@ -9,12 +9,14 @@ Shapes: X texts (prompts times samples, samples adjacent), T positions, C candid
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from lede_env.engine.cost_model import CostModel
 from lede_env.envs.draft_mdp import DraftMDP
 from lede_env.envs.draft_trace import DraftTraceBackend
 from lede_env.envs.exit_mdp import ExitMDP
@@ -213,6 +215,32 @@ class DraftTable:
             mdp.costs[candidate, self.drafted] + self.decisions_made * mdp.decision_cost + plain * mdp.plain_cost
         )
         self.next = np.where(ended, mdp.max_new_tokens, np.minimum(position + self.emitted, mdp.max_new_tokens))
+
+    def without_bonus(self, least: float, costs: CostModel) -> DraftTable:
+        """This table, if rounds are played as a policy of `bonus_from=least` has the decoder play them; its own costs.
+
+        A round that the policy ends, and whose drafts together the acceptance head gives less than this probability, is
+        verified without its last draft having gone through the layers, and has no bonus token. The environments have
+        no such rounds.
+        """
+        table, mdp = copy(self), self.mdp
+        drafts = np.arange(1, mdp.cap + 1)
+        risk = self.backend.by_round[self.backend.features.index("risk")]
+        risk = risk[self.cells[..., None] * mdp.cap + drafts - 1]  # (X, T, C, K) of the drafts up to k
+        position = np.arange(mdp.max_new_tokens)[:, None, None]
+        asked = (drafts > 1) & (drafts < self.lengths[..., None])
+        gives_up = asked & (np.exp(-risk) < least)
+        whole = gives_up & (self.accepted >= drafts)
+        table.emitted, table.rounds = np.where(whole, drafts, self.emitted), np.where(whole, 1, self.rounds)
+        saved = [
+            [costs.round(layer, d, 0, 0) - costs.round(layer, d, 0, 0, bonus=False) for d in range(1, mdp.cap + 1)]
+            for layer in mdp.candidate_layers
+        ]
+        # What followed a bonus token at the end of the budget, a plain step, now follows the round after.
+        table.cost = self.cost - gives_up * np.array(saved) - whole * (self.rounds - 1) * mdp.plain_cost
+        table.next = np.where(whole, position + drafts, self.next)
+        table.__dict__.pop("reward", None)  # of what it was
+        return table
 
     @cached_property
     def reward(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Products of many rows on a CPU: oneDNN's, on a packed copy of the weights, give what `@` gives."""
+"""Products on a CPU by a copy of the weights in another layout give what `@` gives."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lede_env
-from lede_env.engine import packed
+from lede_env.engine import layered_lm, packed
 from tests.small_models import ARCHITECTURES, save_random_model
 
 
@@ -16,7 +16,7 @@ def test_many_rows_get_what_each_gets(tmp_path, architecture):
     save_random_model(tmp_path, architecture)
     lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
     assert lm.packed is not None
-    rows, steps = packed.ROWS + 3, 5
+    rows, steps = packed.PACKED + 3, 5
     tokens = torch.randint(3, lm.geometry.vocab, (steps, rows), generator=torch.Generator().manual_seed(0))
 
     def decode(lanes: list[int]) -> torch.Tensor:
@@ -38,11 +38,36 @@ def test_many_rows_get_what_each_gets(tmp_path, architecture):
     assert not torch.equal(together, each)  # by other kernels, or the copy was not used
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_few_rows_by_turned_matrices(tmp_path, monkeypatch, architecture, rows):
+    """On whatever processor this is: the layout must be right everywhere, though it pays on AMD's alone."""
+    save_random_model(tmp_path, architecture)
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    tokens = torch.randint(3, lm.geometry.vocab, (rows,), generator=torch.Generator().manual_seed(0))
+
+    def verified(most: int) -> torch.Tensor:
+        """(rows, V) logits of the tokens in one round, up to `most` rows at a time by turned matrices."""
+        for module in (packed, layered_lm):
+            monkeypatch.setattr(module, "TURNED", most)
+        monkeypatch.setattr(layered_lm, "PACKED", 99)
+        fresh = copy.copy(lm)
+        with torch.inference_mode(), fresh.session(1, rows, width=rows) as session:
+            for token in tokens.tolist():
+                session.feed([0], [token])
+            states = session.finish([0])[0]
+            assert (fresh.turned is None) == (most == 0)
+            return fresh.logits(states)
+
+    turned, plain = verified(4), verified(0)
+    torch.testing.assert_close(turned, plain, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_a_prompt_in_one_piece_is_what_its_tokens_are(tmp_path, architecture):
     save_random_model(tmp_path, architecture)
     lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
-    ids, found = [(7 * place) % 40 + 1 for place in range(packed.ROWS + 9)], []
+    ids, found = [(7 * place) % 40 + 1 for place in range(packed.PACKED + 9)], []
     for step in (1, len(ids)):
         with torch.inference_mode(), lm.session(1, len(ids), width=len(ids)) as session:
             for begin in range(0, len(ids), step):
@@ -57,7 +82,8 @@ def test_a_prompt_in_one_piece_is_what_its_tokens_are(tmp_path, architecture):
 def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
     save_random_model(tmp_path)
     for dtype in ("float64", "bfloat16"):
-        assert lede_env.load_model(tmp_path, device="cpu", dtype=dtype).packed is None
+        lm = lede_env.load_model(tmp_path, device="cpu", dtype=dtype)
+        assert lm.packed is None and lm.turned is None
     monkeypatch.setattr(packed, "MOST", 1000)
     assert lede_env.load_model(tmp_path, device="cpu", dtype="float32").packed is None
 
@@ -65,7 +91,7 @@ def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
 def test_a_model_that_was_packed_can_be_copied_and_pickled(tmp_path):
     save_random_model(tmp_path)
     lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
-    states = torch.randn(packed.ROWS, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(packed.PACKED, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
     logits = lm.logits(states)
     assert lm.packed is not None
     for other in (pickle.loads(pickle.dumps(lm)), copy.deepcopy(lm), copy.copy(lm)):
@@ -76,7 +102,7 @@ def test_gradients_of_many_rows_are_those_of_each(tmp_path):
     """As who trains a probe or a lens through the head needs them."""
     save_random_model(tmp_path)
     lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
-    states = torch.randn(packed.ROWS, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(packed.PACKED, lm.geometry.hidden, generator=torch.Generator().manual_seed(0))
     together, each = states.clone().requires_grad_(), states.clone().requires_grad_()
     lm.logits(together).logsumexp(-1).sum().backward()
     torch.cat([lm.logits(row) for row in each.split(1)]).logsumexp(-1).sum().backward()

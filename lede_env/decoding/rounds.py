@@ -82,16 +82,21 @@ def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap =
     drafting = [row for row in rows if row.limit > 0]
     while drafting:
         signals = _draft(session, drafting, sampling, lap)
-        # Every draft opens a slot, the last one too: verification runs it through all the layers.
-        session.feed([row.index for row in drafting], [row.round.drafts[-1] for row in drafting])
-        drafting = [row for row, seen in zip(drafting, signals, strict=True) if goes_on(lm, row, seen)]
+        going = [row for row, seen in zip(drafting, signals, strict=True) if goes_on(lm, row, seen)]
+        for row, seen in zip(drafting, signals, strict=True):
+            row.round.bonus = row in going or wants_bonus(lm, row, seen)
+        # The last draft opens a slot too, for the bonus token after it, unless the strategy gives that up.
+        fed = [row for row in drafting if row.round.bonus]
+        if fed:
+            session.feed([row.index for row in fed], [row.round.drafts[-1] for row in fed])
+        drafting = going
         lap("policy")
     states = session.finish([row.index for row in rows])
     _verify(lm, rows, lm.logits(torch.cat(states) if len(states) > 1 else states[0]), sampling)
     for row in rows:
         if row.control.taps:
             row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)
-        session.close_round(row.index, row.round.accepted + 1)
+        session.close_round(row.index, min(row.round.accepted + 1, len(session.depth[row.index])))
     lap("verification")
 
 
@@ -164,23 +169,33 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
     return row.control.keep_drafting(signals, row.round)
 
 
+def wants_bonus(lm: LayeredLM, row: Row, signals: Signals) -> bool:
+    """Whether the round's last draft is to open a slot: where the strategy chose to end the round, that is for it to
+    say."""
+    chosen = row.round.drafts[-1] not in lm.eos_ids and len(row.round.drafts) < row.limit
+    return not chosen or row.control.wants_bonus(signals, row.round)
+
+
 def _verify(lm: LayeredLM, rows: list[Row], logits: Tensor, sampling: Sampling) -> None:
-    """Settle the open rounds against their full-depth logits: (sum of d + 1, V), row after row."""
-    drafts = [row.round.drafts for row in rows]
+    """Settle the open rounds against the full-depth logits of their slots, (slots of all, V), row after row."""
+    drafts, bonus = [row.round.drafts for row in rows], [row.round.bonus for row in rows]
     if sampling.greedy:
         targets = iter(logits.argmax(-1).tolist())
-        outcomes = [greedy_match(own, list(islice(targets, len(own) + 1))) for own in drafts]
+        outcomes = [
+            greedy_match(own, list(islice(targets, len(own) + more))) for own, more in zip(drafts, bonus, strict=True)
+        ]
     else:
         q, coins, after = [row.q for row in rows], [row.coins for row in rows], [row.draws.next() for row in rows]
-        outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, coins, after)
+        outcomes = speculative_matches(drafts, sampling.probabilities(logits), q, coins, after, bonus)
     traced = any(row.trace is not None for row in rows)
     doubts = iter((logits.logsumexp(-1) - logits.amax(-1)).tolist() if traced else ())  # -log p_max
     for row, outcome in zip(rows, outcomes, strict=True):
-        settle(lm, row, outcome, list(islice(doubts, len(row.round.drafts) + 1)))
+        settle(lm, row, outcome, list(islice(doubts, len(row.round.drafts) + row.round.bonus)))
 
 
-def settle(lm: LayeredLM, row: Row, outcome: tuple[int, int], doubts: list[float]) -> None:
-    """Book what verification said: (accepted, next token), and the -log p_max of each position if anybody reads it."""
+def settle(lm: LayeredLM, row: Row, outcome: tuple[int, int | None], doubts: list[float]) -> None:
+    """Book what verification said: (accepted, next token, if there is one), and, if anybody reads it, the -log p_max of
+    each position."""
     if row.round.settle(*outcome, lm.eos_ids):
         row.finish_reason = "eos"
     if row.trace is not None:

@@ -142,12 +142,15 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, p)
 
 
-def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int]:
-    """(accepted, next token): the longest equal prefix, then the target's token. `targets` has one more entry."""
+def greedy_match(drafts: list[int], targets: list[int]) -> tuple[int, int | None]:
+    """(accepted, next token): the longest equal prefix, then the target's token.
+
+    `targets` has one more entry; or as many, and then there is no next token should all drafts be accepted.
+    """
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
         accepted += 1
-    return accepted, targets[accepted]
+    return accepted, targets[accepted] if accepted < len(targets) else None
 
 
 def speculative_matches(
@@ -156,34 +159,39 @@ def speculative_matches(
     q: Sequence[list[Tensor]],
     coins: Sequence[list[float]],
     after: Sequence[float],
-) -> list[tuple[int, int]]:
+    bonus: Sequence[bool] | None = None,
+) -> list[tuple[int, int | None]]:
     """Speculative sampling (Leviathan et al. 2023) of N rows: of each (accepted, next token), the target's exactly.
 
     With d_n drafts in row n, `p` is (sum of d_n + 1, V), row after row, `q[n][i]` the (V,) distribution draft i was
     drawn from and `coins[n][i]` a uniform number of its own. A draft x is accepted where its coin is below
     p(x) / q(x); at the first rejection the next token comes from the normalised max(p - q, 0), or from p where that
     residual is zero; when all are accepted it is the bonus token, from p. The uniform number `after[n]` draws it.
+    Where `bonus[n]` is false p has no row for the bonus token of row n, and there is none: the next token is None.
 
     A coin may be known as soon as its draft is drawn, and whether another draft is made may depend on it: this draft is
     verified in any case. What a layer draws may not.
     """
-    ends = list(accumulate(len(row) + 1 for row in drafts))
-    places = [end - len(row) - 1 + i for end, row in zip(ends, drafts, strict=True) for i in range(len(row))]
+    counts = [len(row) + more for row, more in zip(drafts, bonus or [True] * len(drafts), strict=True)]
+    ends = list(accumulate(counts))
+    begins = [end - count for end, count in zip(ends, counts, strict=True)]
+    places = [begin + i for begin, row in zip(begins, drafts, strict=True) for i in range(len(row))]
     # As p, with zeros in each row's last place: there the residual is p, and the bonus token needs no case of its own.
     drawn_from = torch.zeros_like(p)
     if places:
         drawn_from[places] = torch.stack([q_i for row in q for q_i in row])
-    tokens = torch.tensor([token for row in drafts for token in (*row, 0)], device=p.device).unsqueeze(1)
+    padded = [[*row, 0][:count] for row, count in zip(drafts, counts, strict=True)]
+    tokens = torch.tensor([token for row in padded for token in row], device=p.device).unsqueeze(1)
     p_x, q_x = torch.stack([p, drawn_from]).gather(-1, tokens.expand(2, -1, 1)).squeeze(-1).tolist()
     accepted, settled = [], []
-    for end, row, own in zip(ends, drafts, coins, strict=True):
-        begin = at = end - len(row) - 1
-        while at < end - 1 and own[at - begin] * q_x[at] < p_x[at]:
+    for begin, end, row, own in zip(begins, ends, drafts, coins, strict=True):
+        at = begin
+        while at < begin + len(row) and own[at - begin] * q_x[at] < p_x[at]:
             at += 1
         accepted.append(at - begin)
-        settled.append(at)
+        settled.append(min(at, end - 1))
     next_tokens = draw_rows(residual(p[settled], drawn_from[settled]), after)
-    return list(zip(accepted, next_tokens, strict=True))
+    return [(a, t if a < count else None) for a, t, count in zip(accepted, next_tokens, counts, strict=True)]
 
 
 def coupled_drafts(p: Tensor, q: Tensor, target: int, u: float) -> tuple[list[int], Tensor]:

@@ -50,16 +50,18 @@ class CostModel:
         """Cost, in autoregressive steps, of running one token through `layers` with `heads` exit checks."""
         return (layers * self.layer[1] + heads * self.head[1] + decisions * self.decision) / self.step
 
-    def round(self, exit_layer: int, drafts: int, checks: int, decisions: int) -> float:
+    def round(self, exit_layer: int, drafts: int, checks: int, decisions: int, bonus: bool = True) -> float:
         """Cost, in autoregressive steps, of a round that drafts at one layer (design section 3).
 
-        (d + 1) e t_layer + (L - e) t_layer(d + 1) + (d + checks) t_head + t_head(d + 1) + decisions t_decision.
+        (d + 1) e t_layer + (L - e) t_layer(d + 1) + (d + checks) t_head + t_head(d + 1) + decisions t_decision; d for
+        d + 1 without the slot for the bonus token.
         """
+        slots = drafts + bonus
         seconds = (
-            (drafts + 1) * exit_layer * self.layer[1]
-            + (self.n_layers - exit_layer) * _at(self.layer, drafts + 1)
+            slots * exit_layer * self.layer[1]
+            + (self.n_layers - exit_layer) * _at(self.layer, slots)
             + (drafts + checks) * self.head[1]
-            + _at(self.head, drafts + 1)
+            + _at(self.head, slots)
             + decisions * self.decision
         )
         return seconds / self.step
@@ -71,7 +73,10 @@ class CostModel:
         `round` where all drafts left one layer, and the round was not cut by the end of the text.
         """
         seconds, depths = 0.0, [0]
-        for goal in (*round_.exits, self.n_layers):
+        goals = (*round_.exits, self.n_layers)
+        for number, goal in enumerate(goals, 1):
+            if number == len(goals) and not round_.bonus:
+                depths.pop()  # the last draft runs through no layer
             while depths[-1] < goal:
                 here = depths[-1]
                 there = min(goal, min((depth for depth in depths if depth > here), default=goal))
@@ -79,7 +84,9 @@ class CostModel:
                 depths = [there if depth == here else depth for depth in depths]
             depths.append(0)
         heads = len(round_.exits) + round_.checks
-        seconds += heads * self.head[1] + _at(self.head, len(round_.exits) + 1) + round_.decisions * self.decision
+        seconds += (
+            heads * self.head[1] + _at(self.head, len(round_.exits) + round_.bonus) + round_.decisions * self.decision
+        )
         if round_.studied:
             seconds += _at(self.head, round_.studied)
         return seconds / self.step

@@ -35,12 +35,15 @@ class Round:
     decisions: int = 0  # times the strategy looked at signals
     studied: int = 0  # states put through the head after verification, to learn from
     limited: bool = False  # the token budget, not the strategy, ended drafting
+    bonus: bool = True  # the last draft goes through the layers too, for a bonus token should all be accepted
     accepted: int = 0
     emitted: list[int] = field(default_factory=list)
 
-    def settle(self, accepted: int, next_token: int, eos_ids: Collection[int]) -> bool:
-        """Record verification: accepted drafts, then the corrected or bonus token, cut after an EOS. True at EOS."""
-        self.accepted, self.emitted = accepted, [*self.drafts[:accepted], next_token]
+    def settle(self, accepted: int, next_token: int | None, eos_ids: Collection[int]) -> bool:
+        """Record verification: accepted drafts, then the corrected or bonus token, if there is one, cut after an EOS.
+        True at EOS."""
+        self.accepted, self.emitted = accepted, self.drafts[:accepted]
+        self.emitted += [next_token] if next_token is not None else []
         for index, token in enumerate(self.emitted):
             if token in eos_ids:
                 self.cut(index + 1)
@@ -53,8 +56,9 @@ class Round:
         self.accepted = min(self.accepted, emitted)
 
     def layer_calls(self, n_layers: int) -> int:
-        """Layers run, heads excluded: every layer once for verification, and e for each draft."""
-        return n_layers + sum(self.exits)
+        """Layers run, heads excluded: every layer once for verification, and e for each draft, the last one's only if
+        it may be followed by a bonus token."""
+        return n_layers + sum(self.exits if self.bonus else self.exits[:-1])
 
 
 @dataclass

@@ -191,7 +191,7 @@ class DraftLiveBackend:
             counts[:, column] = round_.accepted, len(round_.emitted), ended
         return counts
 
-    def _outcomes(self, rows: list[int], logits: Tensor) -> list[tuple[int, int]]:
+    def _outcomes(self, rows: list[int], logits: Tensor) -> list[tuple[int, int | None]]:
         """(accepted, next token) of each row's round, given their full-depth logits, row after row."""
         lanes = [self._lanes[row] for row in rows]
         drafts = [lane.round.drafts for lane in lanes]
@@ -202,7 +202,7 @@ class DraftLiveBackend:
         q, coins = [lane.q for lane in lanes], [lane.coins for lane in lanes]
         return speculative_matches(drafts, self.sampling.probabilities(logits), q, coins, after)
 
-    def _settle(self, row: int, outcome: tuple[int, int], surprise: list[float]) -> bool:
+    def _settle(self, row: int, outcome: tuple[int, int | None], surprise: list[float]) -> bool:
         """Book a lane's verified round, given -log p_max at each of its positions; whether it ends by an EOS."""
         lane = self._lanes[row]
         ended = lane.round.settle(*outcome, self.lm.eos_ids)

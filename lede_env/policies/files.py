@@ -77,6 +77,7 @@ def _build(card: Mapping[str, Any], tensor_file: Path) -> TrainedPolicy:
         features=tuple(card["features"]),
         candidate_layers=tuple(card["candidate_layers"]),
         head=card.get("acceptance_head"),
+        bonus_from=card.get("bonus_from", 0.0),
         **{name: card[name] for name in ("mdp", "n_layers", "model_fingerprint", "model_name", "training")},
     )
     if card["kind"] == TreePolicy.kind:

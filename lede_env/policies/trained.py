@@ -34,12 +34,22 @@ class TrainedPolicy:
     model_fingerprint: str
     model_name: str
     training: dict[str, Any] = field(default_factory=dict)
+    # A round that the policy ends is verified without running its last draft, which would give a bonus token, where the
+    # acceptance head gives all its drafts together less than this probability of being accepted. 0: never.
+    bonus_from: float = 0.0
     head: str | None = None  # digest of the acceptance head whose answers it learned from, if it reads any
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.mdp not in ("exit", "draft"):
             raise LedeError(f"{type(self).__name__} mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
+        if not 0.0 <= self.bonus_from <= 1.0:
+            raise LedeError(f"bonus_from={self.bonus_from} is a probability; give a number from 0 to 1")
+        if self.bonus_from and "risk" not in self.features:
+            raise LedeError(
+                f"bonus_from={self.bonus_from} compares with the feature 'risk', which features={self.features} lack; "
+                "add it, or leave bonus_from 0"
+            )
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         """(N, F) -> (N,) probability of `EXIT`: 0 or 1."""
@@ -81,7 +91,9 @@ class TrainedPolicy:
             "model_fingerprint": self.model_fingerprint,
             "model_name": self.model_name,
             "training": self.training,
-        } | ({"acceptance_head": self.head} if self.head is not None else {})
+            **({"acceptance_head": self.head} if self.head is not None else {}),
+            **({"bonus_from": self.bonus_from} if self.bonus_from else {}),
+        }
 
 
 def made_for(attributes: Mapping[str, Any]) -> dict[str, Any]:

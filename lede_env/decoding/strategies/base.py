@@ -18,7 +18,8 @@ class Control:
     """The state of one strategy on one row. The decoder asks it, in this order, for every draft of a round:
 
     `path`, `leave` at every layer of the path but the last, `drew`, then, unless the draft is an EOS or the round is
-    full, `keep_drafting`; after verification, `study` (with `taps`) and `learn`. On CUDA `path` is also asked ahead of
+    full, `keep_drafting`, and if it is the last one by that, `wants_bonus`; after verification, `study` (with `taps`)
+    and `learn`. On CUDA `path` is also asked ahead of
     drafts that are never made: it must only look. Losslessness needs no care here: `leave` is asked before the layer's
     token is drawn, and a drawn token is always verified.
     """
@@ -40,6 +41,14 @@ class Control:
     def keep_drafting(self, signals: Signals, round_: Round) -> bool:
         """Whether to make another draft after `round_.drafts[-1]`, drawn from the distribution of `signals`."""
         raise NotImplementedError
+
+    def wants_bonus(self, signals: Signals, round_: Round) -> bool:
+        """Whether to run the round's last draft through the layers too, so that there is a bonus token should all
+        drafts be accepted. If not they are verified all the same, and the next round begins with the last of them.
+
+        On CUDA graphs nobody asks: there its layers were launched before the strategy was done.
+        """
+        return True
 
     def drew(self, signals: Signals, round_: Round) -> None:
         """See that `round_.drafts[-1]` was drawn from the distribution of `signals`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ class _DualControl(Control):
     def __init__(self, policy: ExitPolicy, layers: tuple[int, ...], speculation: int | None, coins: Draws):
         self.policy, self.layers, self.speculation, self.coins = policy, layers, speculation, coins
         self.left_by_choice = False
+        self.bonus_from = getattr(policy, "bonus_from", 0.0) if speculation is None else 0.0
 
     def _exit(self, signals, round_) -> bool:
         round_.decisions += 1
@@ -55,6 +57,9 @@ class _DualControl(Control):
             return len(round_.drafts) < self.speculation
         by_choice, self.left_by_choice = self.left_by_choice, False  # of the round's first draft
         return by_choice or self._exit(signals, round_)
+
+    def wants_bonus(self, signals, round_):
+        return self.bonus_from == 0.0 or math.exp(-signals.feature("risk")) >= self.bonus_from
 
 
 @dataclass(frozen=True, eq=False)
