@@ -36,7 +36,7 @@ from lede_env.engine.cost_model import load_cost_model
 from lede_env.engine.signals import asks_head, select_features
 from lede_env.errors import LedeError
 from lede_env.oracles import DraftTable, ask
-from lede_env.policies import ExitPolicy, StaticRounds, TreePolicy
+from lede_env.policies import ExitPolicy, StaticRounds, TreePolicy, check_bonus
 
 ENV_ID = "LEDE-Tiny-Draft-v0"  # the draft MDP; a trace says which model it is of
 SPLITS = ("train", "validation")
@@ -67,8 +67,7 @@ class Args:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least {least}")
         if not 0.0 <= self.off_path <= 1.0:
             raise LedeError(f"off_path={self.off_path}; expected a weight in [0, 1]")
-        if self.bonus_from and "risk" not in self.features:
-            raise LedeError(f"bonus_from={self.bonus_from} goes by the feature 'risk'; add it to --features")
+        check_bonus(self.bonus_from, self.features)
 
 
 class States:
@@ -102,10 +101,9 @@ def settings_of(trace: str, args: Args) -> dict[str, Any]:
 
 
 def posed(its: Problem, args: Args) -> Problem:
-    """The problem with rounds as the policy will have the decoder play them."""
-    if not args.bonus_from:
+    """The problem with rounds as the policy will have the decoder play them. Its scale stays that of the MDP."""
+    if not args.bonus_from or not isinstance(its.table, DraftTable):
         return its
-    assert isinstance(its.table, DraftTable)
     return replace(its, table=its.table.without_bonus(args.bonus_from, load_cost_model(args.cost_model)))
 
 

@@ -173,11 +173,14 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
 def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: LayeredLM | None) -> dict[str, Any]:
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
+    if args.samples == 1:
+        del settings["samples"]  # as in the files of before
     return {
         **settings,
         "hardware": machine(lm.device.type)["hardware"],
         "model_fingerprint": lm.fingerprint,
         "policy_digest": digest(policy.tensors()) if policy else None,
+        "bonus_from": policy.bonus_from if policy else None,
         **({"context": donor.geometry.context} if donor else {}),  # to which prompts are cut
     }
 

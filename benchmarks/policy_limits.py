@@ -7,6 +7,8 @@ prompts, so that nobody could have chosen better for all tasks alike; beside it 
 compare with, chosen on the validation prompts, task by task. By the CPU's costs, and by those of a 7B model on a GPU,
 whose twin plays the same trace with the layers renamed: another price of a head, a verification and a decision, the
 same text. A decision is whatever the cost model says it is; `decisions free` is the same play without that charge.
+A policy that gives up bonus tokens is played so, as the decoder does on a CPU, and once more without; the clairvoyant
+and the trees never do.
 
     python -m benchmarks.policy_limits
 """

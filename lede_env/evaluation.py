@@ -141,7 +141,8 @@ def evaluate(policy: ExitPolicy, env_id: str, split: str = "test", **kwargs: Any
     """The exact value of a policy on an environment's trace (design section 6).
 
     Args:
-        policy: what it may observe is up to it, whatever features the id pins.
+        policy: what it may observe is up to it, whatever features the id pins. Bonus tokens that it gives up, which
+            the MDP does not know, are kept; `benchmarks.policy_limits` plays it without them.
         env_id: which MDP, and on which trace: the one the id pins.
         split: of the prompts.
         kwargs: arguments of the environment, to override what the id pins.

@@ -220,8 +220,8 @@ class DraftTable:
         """This table, if rounds are played as a policy of `bonus_from=least` has the decoder play them; its own costs.
 
         A round that the policy ends, and whose drafts together the acceptance head gives less than this probability, is
-        verified without its last draft having gone through the layers, and has no bonus token. The environments have
-        no such rounds.
+        verified without its last draft having gone through the layers, and has no bonus token; rounds of one draft,
+        of which the head is not asked in time, always have one. The environments have no such rounds.
         """
         table, mdp = copy(self), self.mdp
         drafts = np.arange(1, mdp.cap + 1)
@@ -229,7 +229,7 @@ class DraftTable:
         risk = risk[self.cells[..., None] * mdp.cap + drafts - 1]  # (X, T, C, K) of the drafts up to k
         position = np.arange(mdp.max_new_tokens)[:, None, None]
         asked = (drafts > 1) & (drafts < self.lengths[..., None])
-        gives_up = asked & (np.exp(-risk) < least)
+        gives_up = asked & (np.exp(-risk) < least) & (self.drafted == drafts)  # what an EOS cuts short saves nothing
         whole = gives_up & (self.accepted >= drafts)
         table.emitted, table.rounds = np.where(whole, drafts, self.emitted), np.where(whole, 1, self.rounds)
         saved = [

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from lede_env.engine.acceptance import greedy_match, speculative_matches
 from lede_env.engine.cost_model import load_cost_model
 from lede_env.engine.round import Round
 from lede_env.oracles import tabulate
+from lede_env.policies import EpsilonGreedy
 from lede_env.registration import extended_for, pinned
 
 ENV_ID = "LEDE-Tiny-Draft-v0"
@@ -100,6 +102,37 @@ def test_the_table_plays_what_the_decoder_does(tiny, bonus_from):
         assert played == {name: getattr(out.counts, name) for name in played}
         assert totals["cost"][index] == pytest.approx(sum(costs.of(round_) for round_ in out.rounds))
         assert not all(round_.bonus for round_ in out.rounds)
+
+
+def test_a_text_that_ends_within_a_round():
+    """What a cut leaves went through the layers; a round that an EOS ends as the corrected token of its last draft did
+    not."""
+    cut = Round(drafts=[4, 5, 6], exits=[3, 3, 3], bonus=False)
+    assert cut.settle(1, 2, eos_ids=(2,)) and (cut.emitted, cut.drafts, cut.bonus) == ([4, 2], [4, 5], True)
+    last = Round(drafts=[4, 5], exits=[3, 3], bonus=False)
+    assert last.settle(1, 2, eos_ids=(2,)) and (last.drafts, last.bonus) == ([4, 5], False)
+    assert last.layer_calls(16) == 16 + 3
+
+
+class Sure:
+    """A user's own policy."""
+
+    features = ("phase",)
+    bonus_from: object = 0.3
+
+    def exit_probability(self, observations):
+        return np.zeros(len(observations))
+
+
+def test_a_policy_that_cannot_tell_is_refused(tiny):
+    with pytest.raises(LedeError, match=r"feature 'risk', which features=\('phase',\) lack"):
+        generate(tiny, "a", strategy=Lede(Sure()), max_new_tokens=4)
+    for wrong in ("0.3", None, 2.0):
+        policy = Sure()
+        policy.bonus_from = wrong
+        with pytest.raises(LedeError, match="bonus_from"):
+            generate(tiny, "a", strategy=Lede(policy), max_new_tokens=4)
+    assert EpsilonGreedy(load_policy("tiny-head"), 0.1).bonus_from == 0.3
 
 
 def test_policy_files_keep_it(tmp_path):

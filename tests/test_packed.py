@@ -56,11 +56,13 @@ def test_a_few_rows_by_turned_matrices(tmp_path, monkeypatch, architecture, rows
             for token in tokens.tolist():
                 session.feed([0], [token])
             states = session.finish([0])[0]
-            assert (fresh.turned is None) == (most == 0)
-            return fresh.logits(states)
+            logits = fresh.logits(states)
+            assert ("turned" in vars(fresh)) == (most > 0)  # made when first used
+            return logits
 
     turned, plain = verified(4), verified(0)
     torch.testing.assert_close(turned, plain, atol=1e-4, rtol=1e-4)
+    assert turned.is_contiguous()
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -81,11 +83,15 @@ def test_a_prompt_in_one_piece_is_what_its_tokens_are(tmp_path, architecture):
 
 def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
     save_random_model(tmp_path)
+    monkeypatch.setattr(packed, "TURNED", 4)
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    assert lm.packed is not None and lm.turned is not None
     for dtype in ("float64", "bfloat16"):
         lm = lede_env.load_model(tmp_path, device="cpu", dtype=dtype)
         assert lm.packed is None and lm.turned is None
     monkeypatch.setattr(packed, "MOST", 1000)
-    assert lede_env.load_model(tmp_path, device="cpu", dtype="float32").packed is None
+    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    assert lm.packed is None and lm.turned is None
 
 
 def test_a_model_that_was_packed_can_be_copied_and_pickled(tmp_path):

@@ -17,13 +17,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lede_env import Lede, generate
+from lede_env import Lede, generate, load_policy
 from lede_env.decoding.strategies import STRATEGIES, Autoregressive, LayerSkip
 from lede_env.display.compare import comparison_table, contestants, describe, race
 from lede_env.display.explain import Explained
 from lede_env.display.origins import Alignment, Origin, StreamOrigins, origins
 from lede_env.display.report import embed, render, report_data, settings, write_report
 from lede_env.engine.round import Round
+from lede_env.policies import SHIPPED
 from tests.small_models import CoinPolicy, scripted_model
 
 EVIL = "</script><script>alert(1)</script><!-- <b>&amp;\u2028\x00\x1b[31m ' \" 🦊 {{data}}"
@@ -86,9 +87,10 @@ def test_a_stream_splits_into_the_tokens_of_its_text(tiny, stop):
     assert [origin for text, origin in runs for _ in text] == owners
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "tiny-head"])
 def test_explaining_changes_nothing(tiny, name):
-    strategy = contestants(tiny, Autoregressive())[0][name]
+    """`tiny-head` gives up bonus tokens."""
+    strategy = Lede(load_policy(name)) if name in SHIPPED else contestants(tiny, Autoregressive())[0][name]
     plain = generate(tiny, "def fib(n):", strategy=strategy, **OPTIONS)
     noted = generate(tiny, "def fib(n):", strategy=Explained(strategy), **OPTIONS)
     assert noted.token_ids == plain.token_ids and noted.strategy == plain.strategy

@@ -82,21 +82,15 @@ def play_round(session: Session, rows: list[Row], sampling: Sampling, lap: Lap =
     drafting = [row for row in rows if row.limit > 0]
     while drafting:
         signals = _draft(session, drafting, sampling, lap)
-        going = [row for row, seen in zip(drafting, signals, strict=True) if goes_on(lm, row, seen)]
-        for row, seen in zip(drafting, signals, strict=True):
-            row.round.bonus = row in going or wants_bonus(lm, row, seen)
-        # The last draft opens a slot too, for the bonus token after it, unless the strategy gives that up.
-        fed = [row for row in drafting if row.round.bonus]
-        if fed:
-            session.feed([row.index for row in fed], [row.round.drafts[-1] for row in fed])
-        drafting = going
+        drafting = _go_on(session, drafting, signals)
         lap("policy")
     states = session.finish([row.index for row in rows])
     _verify(lm, rows, lm.logits(torch.cat(states) if len(states) > 1 else states[0]), sampling)
     for row in rows:
+        kept = min(row.round.accepted + 1, len(session.depth[row.index]))  # slots
         if row.control.taps:
-            row.round.studied = row.control.study(session.tapped_states(row.index, row.round.accepted + 1), lm)
-        session.close_round(row.index, min(row.round.accepted + 1, len(session.depth[row.index])))
+            row.round.studied = row.control.study(session.tapped_states(row.index, kept), lm)
+        session.close_round(row.index, kept)
     lap("verification")
 
 
@@ -151,6 +145,20 @@ def _sample_drafts(logits: Tensor, rows: list[Row], sampling: Sampling) -> None:
         row.round.drafts.append(token)
 
 
+def _go_on(session: Session, rows: list[Row], signals: list[LogitSignals]) -> list[Row]:
+    """Open a slot for each row's newest draft; of a round's last one, for the bonus token after it, unless the strategy
+    gives that up. Returns the rows that make another draft."""
+    going, opening = [], []
+    for row, seen in zip(rows, signals, strict=True):
+        more = goes_on(session.lm, row, seen)
+        row.round.bonus = more or wants_bonus(session.lm, row, seen)
+        going += [row] if more else []
+        opening += [row] if row.round.bonus else []
+    if opening:
+        session.feed([row.index for row in opening], [row.round.drafts[-1] for row in opening])
+    return going
+
+
 def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
     """Whether the row makes another draft this round."""
     if row.trace is not None:
@@ -170,10 +178,12 @@ def goes_on(lm: LayeredLM, row: Row, signals: Signals) -> bool:
 
 
 def wants_bonus(lm: LayeredLM, row: Row, signals: Signals) -> bool:
-    """Whether the round's last draft is to open a slot: where the strategy chose to end the round, that is for it to
-    say."""
+    """Whether the round's last draft is to open a slot: for the strategy to say where it chose to end the round.
+
+    On CUDA all do, in batches too, since a row alone, on graphs, always does and batches must not change a text.
+    """
     chosen = row.round.drafts[-1] not in lm.eos_ids and len(row.round.drafts) < row.limit
-    return not chosen or row.control.wants_bonus(signals, row.round)
+    return lm.device.type == "cuda" or not chosen or row.control.wants_bonus(signals, row.round)
 
 
 def _verify(lm: LayeredLM, rows: list[Row], logits: Tensor, sampling: Sampling) -> None:

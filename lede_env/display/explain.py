@@ -72,6 +72,9 @@ class Noting(Control):
         note.goes_on, note.q = self._ask(self.inner.keep_drafting, signals, round_)
         return note.goes_on
 
+    def wants_bonus(self, signals, round_):
+        return self.inner.wants_bonus(signals, round_)
+
     def study(self, states, lm):
         return self.inner.study(states, lm)
 

@@ -176,7 +176,7 @@ def speculative_matches(
     ends = list(accumulate(counts))
     begins = [end - count for end, count in zip(ends, counts, strict=True)]
     places = [begin + i for begin, row in zip(begins, drafts, strict=True) for i in range(len(row))]
-    # As p, with zeros in each row's last place: there the residual is p, and the bonus token needs no case of its own.
+    # As p, with zeros in the place of a bonus token: there the residual is p, and it needs no case of its own.
     drawn_from = torch.zeros_like(p)
     if places:
         drawn_from[places] = torch.stack([q_i for row in q for q_i in row])

@@ -52,6 +52,7 @@ class Round:
 
     def cut(self, emitted: int) -> None:
         """End the text after `emitted` tokens of this round (EOS, a stop string): nothing after it counts."""
+        self.bonus |= emitted < len(self.drafts)  # the last draft that is left went through the layers
         del self.emitted[emitted:], self.drafts[emitted:], self.exits[emitted:]
         self.accepted = min(self.accepted, emitted)
 

@@ -18,7 +18,7 @@ from lede_env.policies.rules import (
     StaticRounds,
     ThresholdPolicy,
 )
-from lede_env.policies.trained import TrainedPolicy, made_for
+from lede_env.policies.trained import TrainedPolicy, check_bonus, made_for
 from lede_env.policies.tree import TreePolicy
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "ThresholdPolicy",
     "TrainedPolicy",
     "TreePolicy",
+    "check_bonus",
     "check_compatible",
     "load_policy",
     "made_for",

@@ -133,6 +133,11 @@ class EpsilonGreedy:
     def features(self) -> tuple[str, ...]:
         return self.policy.features
 
+    @property
+    def bonus_from(self) -> float:
+        """Of `TrainedPolicy`: what becomes of a round's end is no decision of the MDP."""
+        return getattr(self.policy, "bonus_from", 0.0)
+
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         # In double precision, so that how many rows are computed together cannot turn a close decision.
         chosen = self.policy.exit_probability(observations.astype(np.float64))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from lede_env.arguments import number
 from lede_env.errors import LedeError
 from lede_env.models.zoo import twin_layer
 
@@ -34,8 +35,8 @@ class TrainedPolicy:
     model_fingerprint: str
     model_name: str
     training: dict[str, Any] = field(default_factory=dict)
-    # A round that the policy ends is verified without running its last draft, which would give a bonus token, where the
-    # acceptance head gives all its drafts together less than this probability of being accepted. 0: never.
+    # A round of two drafts or more that the policy ends is verified without running its last draft, which would give a
+    # bonus token, where the acceptance head gives all its drafts together less than this probability. 0: never.
     bonus_from: float = 0.0
     head: str | None = None  # digest of the acceptance head whose answers it learned from, if it reads any
     kind: ClassVar[str]
@@ -43,13 +44,7 @@ class TrainedPolicy:
     def __post_init__(self) -> None:
         if self.mdp not in ("exit", "draft"):
             raise LedeError(f"{type(self).__name__} mdp={self.mdp!r} is unknown; expected 'exit' or 'draft'")
-        if not 0.0 <= self.bonus_from <= 1.0:
-            raise LedeError(f"bonus_from={self.bonus_from} is a probability; give a number from 0 to 1")
-        if self.bonus_from and "risk" not in self.features:
-            raise LedeError(
-                f"bonus_from={self.bonus_from} compares with the feature 'risk', which features={self.features} lack; "
-                "add it, or leave bonus_from 0"
-            )
+        check_bonus(self.bonus_from, self.features)
 
     def exit_probability(self, observations: np.ndarray) -> np.ndarray:
         """(N, F) -> (N,) probability of `EXIT`: 0 or 1."""
@@ -94,6 +89,17 @@ class TrainedPolicy:
             **({"acceptance_head": self.head} if self.head is not None else {}),
             **({"bonus_from": self.bonus_from} if self.bonus_from else {}),
         }
+
+
+def check_bonus(bonus_from: Any, features: Sequence[str]) -> None:
+    """Raise a LedeError unless a policy of these features can give up bonus tokens below this probability."""
+    if not 0.0 <= number("bonus_from", bonus_from) <= 1.0:
+        raise LedeError(f"bonus_from={bonus_from} is a probability; give a number from 0 to 1")
+    if bonus_from and "risk" not in features:
+        raise LedeError(
+            f"bonus_from={bonus_from} compares with the feature 'risk', which features={tuple(features)} lack; add it, "
+            "or leave bonus_from 0"
+        )
 
 
 def made_for(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,8 @@ class Control:
 
     `path`, `leave` at every layer of the path but the last, `drew`, then, unless the draft is an EOS or the round is
     full, `keep_drafting`, and if it is the last one by that, `wants_bonus`; after verification, `study` (with `taps`)
-    and `learn`. On CUDA `path` is also asked ahead of
-    drafts that are never made: it must only look. Losslessness needs no care here: `leave` is asked before the layer's
-    token is drawn, and a drawn token is always verified.
+    and `learn`. On CUDA `path` is also asked ahead of drafts that are never made: it must only look. Losslessness needs
+    no care here: `leave` is asked before the layer's token is drawn, and a drawn token is always verified.
     """
 
     cap: int = DRAFT_CAP  # most drafts a round
@@ -46,7 +45,7 @@ class Control:
         """Whether to run the round's last draft through the layers too, so that there is a bonus token should all
         drafts be accepted. If not they are verified all the same, and the next round begins with the last of them.
 
-        On CUDA graphs nobody asks: there its layers were launched before the strategy was done.
+        On CUDA nobody asks: there its layers are launched before the strategy is done.
         """
         return True
 

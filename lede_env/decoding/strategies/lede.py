@@ -13,7 +13,7 @@ from lede_env.engine.acceptance import Draws, derive_seed
 from lede_env.engine.round import check_speculation
 from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES, asks_head
 from lede_env.errors import LedeError
-from lede_env.policies import ExitPolicy, TrainedPolicy, check_compatible, load_policy
+from lede_env.policies import ExitPolicy, TrainedPolicy, check_bonus, check_compatible, load_policy
 
 
 class _DualControl(Control):
@@ -28,7 +28,7 @@ class _DualControl(Control):
     def __init__(self, policy: ExitPolicy, layers: tuple[int, ...], speculation: int | None, coins: Draws):
         self.policy, self.layers, self.speculation, self.coins = policy, layers, speculation, coins
         self.left_by_choice = False
-        self.bonus_from = getattr(policy, "bonus_from", 0.0) if speculation is None else 0.0
+        self.bonus_from = 0.0 if speculation is not None else getattr(policy, "bonus_from", 0.0)
 
     def _exit(self, signals, round_) -> bool:
         round_.decisions += 1
@@ -108,6 +108,7 @@ class Lede(Strategy):
         # A trained policy brings the candidates it was trained with.
         candidates = policy.candidate_layers if isinstance(policy, TrainedPolicy) else lm.candidate_layers
         check_compatible(policy, lm.fingerprint, candidates, KNOWN_FEATURES["draft"], "draft")
+        check_bonus(getattr(policy, "bonus_from", 0.0), policy.features)
         layers = candidates if self.exit_layer is None else (self.exit_layer,)
         head = lm.acceptance_head if asks_head(self.reads) else None
         if head is not None and isinstance(policy, TrainedPolicy) and policy.head not in (None, head.digest):
