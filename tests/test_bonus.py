@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.sampling_check import PROMPT, HeadPolicy, small_model
 from lede_env import Autoregressive, Lede, LedeError, generate, load_policy, load_prompts
 from lede_env.engine.acceptance import greedy_match, speculative_matches
 from lede_env.engine.cost_model import load_cost_model
@@ -59,6 +60,13 @@ def test_a_batch_changes_nothing(tiny, prompts, temperature):
         assert alone.token_ids == row.token_ids
         assert [round_.bonus for round_ in alone.rounds] == [round_.bonus for round_ in row.rounds]
     assert {round_.bonus for row in together for round_ in row.rounds} == {True, False}
+
+
+def test_the_check_of_sampled_distributions_has_such_rounds():
+    lm, _ = small_model()
+    found = generate(lm, [list(PROMPT)] * 8, strategy=Lede(HeadPolicy()), max_new_tokens=16, temperature=0.6)
+    rounds = [round_ for out in found for round_ in out.rounds if not round_.bonus]
+    assert {round_.accepted == len(round_.drafts) for round_ in rounds} == {True, False}
 
 
 def test_verdicts_by_hand():

@@ -84,14 +84,14 @@ def test_a_prompt_in_one_piece_is_what_its_tokens_are(tmp_path, architecture):
 def test_only_small_float32_models_are_copied(tmp_path, monkeypatch):
     save_random_model(tmp_path)
     monkeypatch.setattr(packed, "TURNED", 4)
-    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
-    assert lm.packed is not None and lm.turned is not None
+    small = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
+    assert small.packed is not None and small.turned is not None
     for dtype in ("float64", "bfloat16"):
         lm = lede_env.load_model(tmp_path, device="cpu", dtype=dtype)
         assert lm.packed is None and lm.turned is None
     monkeypatch.setattr(packed, "MOST", 1000)
-    lm = lede_env.load_model(tmp_path, device="cpu", dtype="float32")
-    assert lm.packed is None and lm.turned is None
+    large = copy.copy(small)  # without its copies
+    assert large.packed is None and large.turned is None
 
 
 def test_a_model_that_was_packed_can_be_copied_and_pickled(tmp_path):
