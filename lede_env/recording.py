@@ -184,8 +184,10 @@ def policy_digest(policy: ExitPolicy) -> str:
 
 
 def _said(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields of a dataclass, without the acceptance head of a policy that reads none: it was told apart before."""
-    return {name: value for name, value in fields if name != "head" or value is not None}
+    """Fields of a dataclass, without those that policies did not have when some were told apart, where these are unset:
+    the acceptance head, and the chance below which bonus tokens are given up."""
+    unset = {"head": None, "bonus_from": 0.0}
+    return {name: value for name, value in fields if name not in unset or value != unset[name]}
 
 
 def record(
