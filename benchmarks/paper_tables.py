@@ -173,14 +173,15 @@ def cost_models(args: Args, lm: LayeredLM, known: dict[str, CostModel]) -> dict[
 def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: LayeredLM | None) -> dict[str, Any]:
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
+    gives_up = {"bonus_from": policy.bonus_from} if policy and policy.bonus_from else {}
     if args.samples == 1:
-        del settings["samples"]  # as in the files of before
+        del settings["samples"]  # files of before have neither
     return {
         **settings,
         "hardware": machine(lm.device.type)["hardware"],
         "model_fingerprint": lm.fingerprint,
         "policy_digest": digest(policy.tensors()) if policy else None,
-        "bonus_from": policy.bonus_from if policy else None,
+        **gives_up,
         **({"context": donor.geometry.context} if donor else {}),  # to which prompts are cut
     }
 

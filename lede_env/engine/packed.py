@@ -4,8 +4,8 @@
 layouts here are for the rest, each a second copy of the weights. What they gain was measured on the embedded model.
 
 - `turned`, on AMD processors, up to 4 rows: matrices are (outputs, inputs), and the product is taken from their side.
-  Then MKL has another kernel, that is no slower for 4 rows than for 1: a layer of 1 row 443 -> 385 us, of 3 rows,
-  which oneDNN took before, 490 -> 427. It has none for a single row, which therefore is doubled.
+  Then MKL has another kernel, which takes little longer for 4 rows than for 2: a layer of 1 row 443 -> 385 us, of 3,
+  which oneDNN took before, 490 -> 427, of 4 490 -> 457. It has none for a single row, which therefore is doubled.
 - `packed`, for more rows: oneDNN, whose matrices are laid out once, where MKL does so at every call. On an AMD EPYC
   MKL takes twice as long from 2 rows on, on a Xeon a third longer from 30. By the operators that `torch.compile` calls.
 """
