@@ -45,7 +45,7 @@ from lede_env.display.progress import progress_bar
 from lede_env.engine.cost_model import CostModel, load_cost_model, measure
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
-from lede_env.policies import TrainedPolicy, load_policy
+from lede_env.policies import DEFAULT, TrainedPolicy, load_policy
 from lede_env.tasks import HUB_TASKS, TASKS, Prompt, load_prompts
 
 NAMES = {"lede": LEDE}  # registered name -> name in the tables, where it is not the class's
@@ -57,7 +57,7 @@ class Args:
 
     model: str = "tiny"  # zoo name, hub id or local folder
     weights: Literal["auto", "twin"] = "auto"  # the model's own, or those of its geometry twin
-    policy: str | None = None  # folder of LEDE's policy, one for all tasks; by default the one shipped with the model
+    policy: str | None = None  # of LEDE, one for all tasks: a folder, or a shipped one; by default the model's
     tasks: tuple[str, ...] = ("all",)  # all, task names, paths of JSONL files, hub, hub:NAME
     methods: tuple[str, ...] = tuple(GRIDS)  # registered names; autoregressive and layerskip always run
     ablation: bool = False  # also LEDE without dynamic exit and without adaptive drafting (Table 3)
@@ -155,7 +155,7 @@ def lede_policy(args: Args, lm: LayeredLM) -> TrainedPolicy | None:
     """LEDE's policy, checked against the model now rather than after hours; None where LEDE is not asked for."""
     if "lede" not in args.methods:
         return None
-    path = args.policy or ("tiny" if lm.weights in ("embedded", "twin") else None)
+    path = args.policy or (DEFAULT if lm.weights in ("embedded", "twin") else None)
     policy = load_policy(path) if path else None
     Lede(policy).start(lm, 0)
     return policy

@@ -178,7 +178,7 @@ def _best(lm, x) -> object:
 def _drafting(lm) -> tuple[Callable[[], object], Callable[[], object]]:
     """Drawing a draft from a row of logits as the decoder does; and that with the policy's answer about it.
 
-    The policy is the one that ships with the model, else a network of two layers of 64 on the extended features.
+    The policy is `tiny`, which ships with the model, else a network of two layers of 64 on the extended features.
     """
     import torch
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lede_env.errors import LedeError
-from lede_env.policies.files import SHIPPED, load_policy
+from lede_env.policies.files import DEFAULT, SHIPPED, load_policy
 from lede_env.policies.networks import MaskedMLPPolicy, MLPPolicy
 from lede_env.policies.rules import (
     CONTINUE,
@@ -23,6 +23,7 @@ from lede_env.policies.tree import TreePolicy
 
 __all__ = [
     "CONTINUE",
+    "DEFAULT",
     "EXIT",
     "SHIPPED",
     "EpsilonGreedy",

@@ -30,6 +30,7 @@ TREE_ARRAYS = ("feature", "threshold", "left", "right", "advantage")
 _TINY = Path(__file__).parents[1] / "models" / "tiny"
 # The embedded model's, for its geometry twins too; "tiny-head" asks the acceptance head.
 SHIPPED = {"tiny": _TINY / "policy", "tiny-head": _TINY / "policy_head"}
+DEFAULT = "tiny-head"  # drives the decoder where no policy is named
 # What this version can run; state_reset belongs to recurrent kinds.
 _SUPPORTED: dict[str, list[Any]] = {
     "format_version": [FORMAT_VERSION],
