@@ -13,7 +13,7 @@ whose texts bfloat16 rounding parts are counted as `apart` and left out. Seconds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ class Plan:
 
     exit_layer: int
     drafts: int
+    bonus: bool = True  # whether its last draft ran through the layers
 
 
 class Replay(Control):
@@ -83,6 +84,9 @@ class Replay(Control):
 
     def keep_drafting(self, signals, round_):
         return len(round_.drafts) < self.plan.drafts
+
+    def wants_bonus(self, signals, round_):
+        return self.plan.bonus
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ class Recorder(Control):
         first = len(round_.drafts) == 1
         self.plans[len(self.plans) - (not first) :] = [Plan(round_.exits[0], len(round_.drafts))]
         self.control.drew(signals, round_)
+
+    def wants_bonus(self, signals, round_):
+        bonus = self.control.wants_bonus(signals, round_)
+        self.plans[-1] = replace(self.plans[-1], bonus=bonus)
+        return bonus
 
 
 class Recorded(Strategy):
