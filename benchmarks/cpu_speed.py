@@ -33,7 +33,7 @@ from benchmarks.harness import (
 )
 from benchmarks.tuning import MACHINE, Bench, best, search, setting
 from lede_env.arguments import clear_errors
-from lede_env.engine.cost_model import measure
+from lede_env.cost_measurement import measure
 from lede_env.models.loading import EMBEDDED
 from lede_env.tasks import Prompt, load_prompts
 

@@ -23,10 +23,10 @@ from benchmarks.harness import (
     write_results,
 )
 from lede_env.arguments import clear_errors
+from lede_env.cost_measurement import measure
 from lede_env.decoding.generate import Generation
 from lede_env.decoding.strategies import Strategy
 from lede_env.display.progress import progress_bar
-from lede_env.engine.cost_model import measure
 from lede_env.evaluation import best_static
 from lede_env.tasks import load_prompts
 

@@ -39,10 +39,11 @@ from benchmarks.paper_report import BASELINE, LEDE, STATIC, UNLIKE, compact, gro
 from benchmarks.paper_results import Results
 from benchmarks.tuning import GRIDS, MACHINE, Bench, best, search, setting
 from lede_env.arguments import clear_errors
+from lede_env.cost_measurement import measure
 from lede_env.decoding.strategies import STRATEGIES, LayerSkip, Lede, Strategy
 from lede_env.digest import digest
 from lede_env.display.progress import progress_bar
-from lede_env.engine.cost_model import CostModel, load_cost_model, measure
+from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
 from lede_env.policies import DEFAULT, TrainedPolicy, load_policy

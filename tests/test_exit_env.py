@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import DictInfoToList
 
 import lede_env
-from lede_env.engine import cost_model
+from lede_env import cost_measurement
 from lede_env.engine.acceptance import Sampling, derive_seed
 from lede_env.engine.cost_model import SHIPPED, load_cost_model
 from lede_env.envs import source
@@ -627,11 +627,11 @@ def test_a_damaged_cost_model_is_refused(tmp_path, changes):
 
 def test_measuring_a_cost_model_needs_a_repeat_and_a_folder(tmp_path):
     with pytest.raises(LedeError, match="--repeats 0 must be at least 1"):
-        cost_model.main(repeats=0)
+        cost_measurement.main(repeats=0)
     with pytest.raises(LedeError, match=r"there is no folder .*nowhere"):  # before measuring, which takes a while
-        cost_model.main(out=tmp_path / "nowhere" / "costs.json")
+        cost_measurement.main(out=tmp_path / "nowhere" / "costs.json")
     with pytest.raises(LedeError, match="is a folder; name the file in it"):
-        cost_model.main(out=tmp_path)
+        cost_measurement.main(out=tmp_path)
 
 
 def test_bad_use_of_the_single_environment():

@@ -202,7 +202,7 @@ def find_costs(config: ExitConfig, source: Source) -> CostModel:
         name = source.model["model_name"]
         raise LedeError(
             f"cost_model={config.cost_model!r} was measured on {costs.model}, of {costs.n_layers} layers, but "
-            f"{name} has {source.n_layers}; measure one with python -m lede_env.engine.cost_model --model {name}"
+            f"{name} has {source.n_layers}; measure one with python -m lede_env.cost_measurement --model {name}"
         )
     return costs
 
