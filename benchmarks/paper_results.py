@@ -19,7 +19,7 @@ class Results:
     """Records of tasks that ran with the same settings, by name, and the cost models of the run.
 
     Raises:
-        LedeError: the file at `path` was made with other settings, or is damaged.
+        LedeError: the file at `path` was made with other settings, or is damaged, or its folder cannot be made.
     """
 
     def __init__(self, path: Path, model: str, settings: dict[str, Any]):
@@ -27,6 +27,10 @@ class Results:
         self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.tasks: dict[str, Record] = {}
         self.costs: dict[str, CostModel] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedeError(f"no results can be written to {path.parent} ({error}); give another --out") from error
         if path.is_file():
             try:
                 self._read(json.loads(path.read_text()))
@@ -36,10 +40,10 @@ class Results:
                 raise LedeError(f"{path} is damaged ({error!r}); give another --out, or delete it") from error
 
     def _read(self, stored: dict[str, Any]) -> None:
-        before, now = stored["settings"], self.settings
-        unlike = [name for name in now if name not in before or before[name] != now[name]]
+        before, now = {"samples": 1, **stored["settings"]}, self.settings  # files of before had one of each prompt
+        unlike = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if unlike:
-            changes = ", ".join(f"{name}={before.get(name)!r}, now {now[name]!r}" for name in unlike)
+            changes = ", ".join(f"{name}={before.get(name)!r}, now {now.get(name)!r}" for name in unlike)
             raise LedeError(f"{self.path} was made with other settings: {changes}; give another --out, or delete it")
         self.tasks = stored["tasks"]
         self.costs = {
@@ -49,7 +53,6 @@ class Results:
 
     def save(self) -> list[dict[str, Any]]:
         """Write the JSON, whole or not at all, and the CSV and Markdown made of it. Returns the rows."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         costs = {name: asdict(costs) for name, costs in self.costs.items()}
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps({"settings": self.settings, "costs": costs, "tasks": self.tasks}) + "\n")

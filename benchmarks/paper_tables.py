@@ -43,6 +43,7 @@ from lede_env.cost_measurement import measure
 from lede_env.decoding.strategies import STRATEGIES, LayerSkip, Lede, Strategy
 from lede_env.digest import digest
 from lede_env.display.progress import progress_bar
+from lede_env.engine.acceptance import Sampling
 from lede_env.engine.cost_model import CostModel, load_cost_model
 from lede_env.engine.layered_lm import LayeredLM
 from lede_env.errors import LedeError
@@ -77,9 +78,13 @@ class Args:
     out: Path | None = None  # folder of the results; by default benchmarks/results/DEVICE
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "validation_prompts", "samples", "repeats", "finalists", "max_new_tokens"):
+        counts = ("prompts", "validation_prompts", "samples", "repeats", "finalists", "max_new_tokens", "threads")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise LedeError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not self.tasks:
+            raise LedeError(f"tasks={self.tasks!r}: name one at least, or all, which is what is run without --tasks")
+        Sampling(self.temperature)  # raises where it is none
         if self.samples > 1 and self.temperature == 0:
             raise LedeError(
                 f"samples={self.samples}: greedy decoding has one text of a prompt; add --temperature, or for more "
@@ -175,8 +180,6 @@ def settings_of(args: Args, lm: LayeredLM, policy: TrainedPolicy | None, donor: 
     """All that the figures depend on, the tasks apart."""
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "out")}
     gives_up = {"bonus_from": policy.bonus_from} if policy and policy.bonus_from else {}
-    if args.samples == 1:
-        del settings["samples"]  # files of before have neither
     return {
         **settings,
         "hardware": machine(lm.device.type)["hardware"],

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,14 @@ def load_prompts(
         if prompt.id in seen:
             raise LedeError(f"two prompts have the id {prompt.id!r} in task {task!r}; ids must be unique")
         seen.add(prompt.id)
-    prompts = [prompt for prompt in prompts if split in (prompt.split, "all")]
-    if not prompts:
-        raise LedeError(f"task {str(task)!r} has no prompts in split {split!r}; try split='all'")
-    return prompts
+    found = [prompt for prompt in prompts if split in (prompt.split, "all")]
+    if not found:
+        others = ", ".join(f"{count} in {name}" for name, count in Counter(p.split for p in prompts).items()) or "none"
+        raise LedeError(
+            f"task {str(task)!r} has no prompts in split {split!r} (it has {others}); split='all' takes all; rows of a "
+            "file that name no split fall into one by their id"
+        )
+    return found
 
 
 def fit_prompt(ids: list[int], room: int, task: str) -> tuple[list[int], int]:

@@ -107,7 +107,7 @@ def test_one_row_is_told_what_many_are(random_model, temperature, width):
 
 def test_nothing_is_said_before_the_draw(tiny):
     signals = LogitSignals(3, tiny.n_layers, 1, 12, logits=torch.zeros(tiny.geometry.vocab))
-    with pytest.raises(lede_env.LedeError, match="once it is drawn"):
+    with pytest.raises(lede_env.LedeError, match="no token is drawn yet"):
         tiny.acceptance_head.ask(torch.zeros(1, tiny.geometry.hidden), signals)
 
 

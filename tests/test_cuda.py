@@ -53,7 +53,7 @@ def test_graphs_play_the_rounds_of_the_eager_engine(monkeypatch, name, temperatu
 
     def play() -> list:
         """Rounds of every strategy and prompt; policies with coins of their own begin anew."""
-        strategies = [*ON_EMBEDDED[name](lm), *([lede_env.Lede()] if name == "lede" else [])]
+        strategies = ON_EMBEDDED[name](lm)
         return [lede_env.generate(lm, prompt, strategy=s, **options).rounds for s in strategies for prompt in prompts]
 
     ours = play()

@@ -43,7 +43,7 @@ ON_EMBEDDED = {
     "draft_verify": lambda lm: [DraftVerify(3)],
     "lite": lambda lm: [Lite({3: 0.8, 4: 0.7, 6: 0.6, 8: 0.0})],
     "del": lambda lm: [Del()],
-    "lede": lambda lm: [Lede(CoinPolicy(0, p=0.7)), Lede(untrained_policy(lm))],
+    "lede": lambda lm: [Lede(), Lede(CoinPolicy(0, p=0.7)), Lede(untrained_policy(lm))],
 }
 ON_RANDOM = {
     "autoregressive": lambda lm, rng: Autoregressive(),

@@ -268,6 +268,24 @@ def test_unusable_arguments_are_refused():
         Args(methods=("medusa",))
     with pytest.raises(LedeError, match="add lede"):
         Args(methods=("fsm",), ablation=True)
+    with pytest.raises(LedeError, match="threads=0"):
+        Args(threads=0)
+    with pytest.raises(LedeError, match="name one at least"):
+        Args(tasks=())
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(LedeError, match=f"temperature={temperature} must be"):
+            Args(temperature=temperature)
+
+
+def test_tasks_of_other_settings_are_not_put_in_one_table(tmp_path):
+    settings = dict(seed=0, samples=3, bonus_from=0.3)
+    Results(tmp_path / "tables.json", "tiny", settings).save()
+    assert Results(tmp_path / "tables.json", "tiny", settings).tasks == {}
+    for other in (settings | dict(samples=1), dict(seed=0, samples=3), settings | dict(context=2048)):
+        with pytest.raises(LedeError, match="was made with other settings"):
+            Results(tmp_path / "tables.json", "tiny", other)
+    with pytest.raises(LedeError, match=r"no results can be written to .*give another --out"):
+        Results(tmp_path / "tables.json" / "tables.json", "tiny", settings)
 
 
 def test_rouge_l():

@@ -323,7 +323,17 @@ def test_page_works_without_a_mouse(open_page, data):
     assert "token 1 of" in details.inner_text() and "round 1:" in details.inner_text().lower()
     first = data["rounds"][0]["drafts"][0]["looks"][-1]
     assert f"{first['p']:.3f}" in details.inner_text() and "Q(exit)" in details.inner_text()
-    assert wrong == []
+    assert "odds" in details.inner_text()
+    number = next(n for n, own in enumerate(data["rounds"]) if own["accepted"] < len(own["drafts"]))
+    for _ in range(number):
+        page.keyboard.press("PageDown")
+    for _ in range(data["rounds"][number]["accepted"] + 1):  # Tab goes through the drafts of the round
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert "rejected" in details.inner_text() and page.evaluate("document.activeElement.matches('#details .here *')")
+    page.keyboard.press("Escape")
+    assert "rejected" not in details.locator(".how").inner_text()
+    assert page.evaluate("document.activeElement.matches('.token')") and wrong == []
 
 
 @pytest.mark.browser

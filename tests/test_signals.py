@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lede_env.engine.logit_signals import LogitSignals
+from lede_env.engine.read_signals import SIZE, TOKEN_LOGIT, TOP, ReadSignals
 from lede_env.engine.signals import (
     DRAFT_FEATURES,
     EXIT_FEATURES,
@@ -203,3 +204,21 @@ def test_feature_sets():
 def test_feature_sets_that_do_not_exist(features, mdp, says):
     with pytest.raises(LedeError, match=says):
         select_features(features, mdp)
+
+
+def test_a_token_that_is_not_drawn_has_nothing_to_say():
+    """`leave` is asked before the draw; on CUDA the token is there by then, and to decide by it not lossless."""
+    context = dict(layer=1, n_layers=4, position=1, cap=12)
+    values = [0.0] * SIZE
+    values[:2], values[TOP : TOP + 2], values[TOKEN_LOGIT] = (2.0, 1.0), (7.0, 3.0), 1.0
+    for signals in (
+        LogitSignals(**context, logits=torch.tensor([0.0, 1.0, 2.0]), head=lambda own: (0.0, 0.0, own.shortfall)),
+        ReadSignals(**context, values=values),
+    ):
+        for name in ("token_logit", "shortfall", "probability", "own_doubt", "own_peril", "own_odds", "outlook"):
+            with pytest.raises(LedeError, match="no token is drawn yet"):
+                getattr(signals, name)
+        assert [signals.feature(name) for name in ("drawn", "risk", "odds", "ahead")] == [0.0] * 4
+        signals.token = 1
+        assert signals.shortfall == 1.0 and signals.outlook
+    assert signals.best == 7

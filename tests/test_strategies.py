@@ -201,6 +201,8 @@ def test_calibration_sees_every_token_of_a_text(script):
         ((0.5, 0.7, 0.0), 1),  # 1.5 / 5 = .3 at g = 1; 1.7 / 6 = .283
         ((0.5, 0.8, 0.0), 2),  # 2.44 / 8 = .305 at g = 2
         ((0.2, 0.6, 1.0), 3),  # 1.2 / 5 = .24; 1.6 / 6 = .267; 18 / 55 = .327
+        ((0.6, 0.0, 1.0), 3),  # 1.96 / 6 = .32667 at g = 2; 18 / 55 = .32727 at g = 17, .3269 at g = 16
+        ((0.602, 0.0, 1.0), 1),  # 1.9644 / 6 = .32740 at g = 2; 18 / 55, and it would be 19 / 58 = .3276 at g = 18
     ],
 )
 def test_dels_layer_gives_most_tokens_a_layer(rates, layer):

@@ -93,7 +93,8 @@ def generate(
         stop: strings that end the text where they begin.
         carry_over: an earlier generation of the same strategy, whose learned state this one goes on with (Draft &
             Verify's threshold). One prompt only: the rows of a batch never influence each other.
-        profile: also split the wall-clock by part: `Generation.profile`.
+        profile: also split the wall-clock by part: `Generation.profile`. Heads are the LM head's and drawing drafts;
+            what Del learns from verified states is part of verification.
 
     Returns:
         A Generation, or a list of them for a batch.

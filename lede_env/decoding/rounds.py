@@ -126,8 +126,10 @@ def _draft(session: Session, rows: list[Row], sampling: Sampling, lap: Lap) -> l
             if sampling.greedy:
                 row.round.drafts.append(signals.best if len(walking) == 1 else best[at])
         if leaving and not sampling.greedy:
+            lap("policy")
             own = logits if not staying else logits[list(leaving)]
             _sample_drafts(own, list(leaving.values()), sampling)
+            lap("heads")
         for row in leaving.values():
             row.drew(left[row.index])
         walking, step = staying, step + 1

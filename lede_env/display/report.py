@@ -121,7 +121,7 @@ def _round(lm: LayeredLM, round_: Round, notes: list[DraftNote]) -> dict[str, An
         }
         for token, layer, note in zip(round_.drafts, round_.exits, notes, strict=True)
     ]
-    return {"drafts": drafts, "accepted": round_.accepted, "emitted": round_.emitted}
+    return {"drafts": drafts, "accepted": round_.accepted, "emitted": round_.emitted, "bonus": round_.bonus}
 
 
 def _look(look: Look) -> dict[str, Any]:

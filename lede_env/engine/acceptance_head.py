@@ -85,7 +85,8 @@ class AcceptanceHead:
         if layer not in self.candidate_layers:
             raise LedeError(
                 f"the acceptance head was trained at layers {self.candidate_layers}, not at {layer}; draft at one of "
-                "these, or train another: python -m agents.acceptance_head"
+                "these, or with a policy that does not ask it (--policy tiny, load_policy('tiny')), or train another: "
+                "python -m agents.acceptance_head"
             )
         return self.candidate_layers.index(layer)
 
@@ -95,10 +96,7 @@ class AcceptanceHead:
         The largest product by torch, whose code the layers have just run, the rest by numpy, whose calls are shorter:
         between two drafts caches hold neither this code nor its weights.
         """
-        if signals.token < 0:
-            raise LedeError(
-                "the acceptance head speaks of a draft once it is drawn; ask in `keep_drafting`, not before"
-            )
+        signals.need_token()
         candidate, own = self.candidate(signals.layer), self._numpy
         margin, shortfall = signals.margin, signals.shortfall
         if np.float32(margin) >= SURE and shortfall == 0.0:  # rounded as in `read`

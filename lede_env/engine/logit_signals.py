@@ -77,6 +77,7 @@ class LogitSignals(Signals):
 
     @property
     def token_logit(self) -> float:
+        self.need_token()
         return float(self.numbers[self.token])
 
     @property

@@ -30,13 +30,20 @@ class ReadSignals(Signals):
         return max(self.values[ENTROPY], 0.0)
 
     @property
+    def best(self) -> int:
+        """The most probable token."""
+        return int(self.values[TOP])
+
+    @property
     def guess_logit(self) -> float:
         return self.values[GUESS]
 
     @property
     def token_logit(self) -> float:
+        self.need_token()
         return self.values[TOKEN_LOGIT]
 
     @property
     def outlook(self) -> tuple[float, float, float]:
+        self.need_token()
         return self.values[ODDS], self.values[SLOPE], self.values[AHEAD]

@@ -261,6 +261,11 @@ class Signals:
         raise NotImplementedError
 
     @property
+    def best(self) -> int:
+        """The most probable token."""
+        raise NotImplementedError
+
+    @property
     def log_p_max(self) -> float:
         """Log-probability of the most probable token."""
         raise NotImplementedError
@@ -277,8 +282,16 @@ class Signals:
 
     @property
     def token_logit(self) -> float:
-        """Logit of the token drawn."""
+        """Logit of the token drawn. Raises LedeError before it is: what then decided by it would not be lossless."""
         raise NotImplementedError
+
+    def need_token(self) -> None:
+        """Raise LedeError unless the token is drawn."""
+        if self.token < 0:
+            raise LedeError(
+                "no token is drawn yet where `leave` is asked: shortfall, probability, outlook and what else speaks of "
+                "it are for `drew` and `keep_drafting`"
+            )
 
     @property
     def shortfall(self) -> float:

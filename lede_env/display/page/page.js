@@ -156,6 +156,9 @@ const ROWS = [
   ["doubt", "doubt", 2],
   ["drawn", "drawn", 2],
   ["peril", "peril", 2],
+  ["risk", "risk", 2], // this and the next two: of models with an acceptance head
+  ["odds", "odds", 2],
+  ["ahead", "ahead", 2],
 ];
 
 function looksTable(item) {
@@ -183,7 +186,7 @@ function looksTable(item) {
     ),
   );
   const body = element("tbody");
-  for (const [key, name, digits] of ROWS)
+  for (const [key, name, digits] of ROWS.filter(([key]) => key in looks[0]))
     body.append(
       row(
         name,
@@ -217,7 +220,18 @@ function looksTable(item) {
 function after(item) {
   const values = item.q ? `: Q(verify) ${number(item.q[0])}, Q(draft on) ${number(item.q[1])}` : "";
   if (item.goesOn === null) return "Then the round was verified: no further draft was possible.";
-  return `Then it chose to ${item.goesOn ? "draft on" : "verify"}${values}.`;
+  const without = item.goesOn || data.rounds[item.round].bonus ? "" : ", and to have no bonus token";
+  return `Then it chose to ${item.goesOn ? "draft on" : "verify"}${values}${without}.`;
+}
+
+// A row's token: a button that shows it, the only way to rejected drafts without a pointer.
+function opener(item) {
+  const button = element("button", { type: "button" }, element("code", {}, quoted(item)));
+  button.addEventListener("click", () => {
+    show(item);
+    at("details").querySelector(".here button").focus();
+  });
+  return button;
 }
 
 function roundList(item) {
@@ -231,18 +245,15 @@ function roundList(item) {
         "li",
         other === item ? { class: "here" } : {},
         element("span", {}, mark),
-        element("code", {}, quoted(other)),
+        opener(other),
         element("span", {}, how),
       ),
     );
   }
-  const drafts = round.drafts.length;
+  const drafts = round.drafts.length,
+    kept = `${round.accepted} of ${drafts} drafts kept${round.bonus ? "" : ", bonus token given up"}`;
   return [
-    element(
-      "h3",
-      {},
-      `Round ${item.round + 1}: ${drafts ? `${round.accepted} of ${drafts} drafts kept` : "no drafts"}`,
-    ),
+    element("h3", {}, `Round ${item.round + 1}: ${drafts ? kept : "no drafts"}`),
     list,
   ];
 }
@@ -347,6 +358,7 @@ function listen() {
   });
   text.addEventListener("focusin", (event) => {
     if (indexOf(event) !== selected) select(indexOf(event), false);
+    else show(itemOfToken.get(selected));
   });
   text.addEventListener("click", (event) => {
     if (indexOf(event) >= 0) select(indexOf(event));
@@ -355,4 +367,7 @@ function listen() {
     if (indexOf(event) >= 0) show(itemOfToken.get(indexOf(event)));
   });
   text.addEventListener("pointerleave", () => show(itemOfToken.get(selected)));
+  at("details").addEventListener("keydown", (event) => {
+    if (event.key === "Escape") spans[selected].focus();
+  });
 }
