@@ -66,7 +66,7 @@ class Args:
     temperature: float = 0.0  # 0: greedy
     max_new_tokens: int = 128  # the paper: 512
     prompts: int = 24  # test prompts a task, or as many as there are
-    validation_prompts: int = 8  # prompts a task to tune on
+    validation_prompts: int = 16  # prompts a task to tune on; few flatter LEDE, which is not tuned here
     samples: int = 1  # texts of each test prompt, every one from a seed of its own; more than 1 at a temperature only
     repeats: int = 3  # timings of each test prompt, and of the finalists on each validation prompt
     finalists: int = 3  # settings of a method that are timed, the best by modelled cost
