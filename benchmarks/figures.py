@@ -36,7 +36,7 @@ def learning_curves(history: Sequence[dict[str, Any]], path: Path, window: int =
             axis.axvline(explored, color=RED, linestyle="--", linewidth=1, label="learning begins")
         axis.set(title=title, xlabel="episode")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(fontsize=8, framealpha=1, edgecolor="none")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
