@@ -37,7 +37,7 @@ class Args:
 
     model: str = "llama2-7b"
     weights: Literal["auto", "twin"] = "twin"
-    policy: str | None = None  # folder of LEDE's policy; by default the one shipped with the model
+    policy: str | None = None  # of LEDE: a folder, or a shipped one; by default the model's
     static: tuple[str, ...] = ("layerskip:6,4", "layerskip:6,8", "layerskip:6,11")  # the fastest is taken, by batch
     contexts: tuple[int, ...] = (512, 2048, 4096)
     batches: tuple[int, ...] = (1, 4, 16)

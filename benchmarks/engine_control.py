@@ -41,7 +41,7 @@ class Args:
 
     model: str = "llama2-7b"
     weights: Literal["auto", "twin"] = "auto"
-    policy: str | None = None  # folder of LEDE's policy; by default the one shipped with the model
+    policy: str | None = None  # of LEDE: a folder, or a shipped one; by default the model's
     tasks: tuple[str, ...] = TASKS
     prompts: int = 4  # test prompts of each task
     max_new_tokens: int = 128

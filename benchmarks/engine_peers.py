@@ -55,7 +55,7 @@ class Args:
     """Time this engine and transformers on the same geometry twin and prompts."""
 
     model: str = "llama2-7b"
-    policy: str | None = None  # folder of LEDE's policy; by default the one shipped with the model
+    policy: str | None = None  # of LEDE: a folder, or a shipped one; by default the model's
     strategies: tuple[str, ...] = ("autoregressive", "layerskip:6,4", "layerskip:6,8", "lede")  # of ours
     prompts: int = 1  # test prompts of each task
     max_new_tokens: int = 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -14,6 +15,12 @@ from lede_env.engine.round import check_speculation
 from lede_env.engine.signals import HEAD_FEATURES, KNOWN_FEATURES, asks_head
 from lede_env.errors import LedeError
 from lede_env.policies import DEFAULT, ExitPolicy, TrainedPolicy, check_bonus, check_compatible, load_policy
+
+
+@cache
+def _default() -> TrainedPolicy:
+    """The policy that ships, read once: a generation asks for its features several times."""
+    return load_policy(DEFAULT)
 
 
 class _DualControl(Control):
@@ -90,7 +97,7 @@ class Lede(Strategy):
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.exit_layer is not None and self.speculation is not None:
             return ()  # nothing is left to decide
-        features = tuple((self.policy or load_policy(DEFAULT)).features)
+        features = tuple((self.policy or _default()).features)
         # With the length fixed there are no decisions but of phase 1, where an acceptance head has nothing to say yet.
         return tuple(name for name in features if self.speculation is None or name not in HEAD_FEATURES)
 
@@ -99,7 +106,7 @@ class Lede(Strategy):
         if policy is None:
             if lm.weights not in ("embedded", "twin"):
                 raise LedeError(f"no policy ships with model {lm.name!r}; train one and pass Lede(load_policy(PATH))")
-            policy = load_policy(DEFAULT)
+            policy = _default()
         if isinstance(policy, TrainedPolicy) and policy.n_layers == lm.donor_layers:
             policy = policy.relabelled(lm.n_layers)
         made_for = getattr(policy, "n_layers", lm.n_layers)  # of those that read the layer number off a share of L
